@@ -1,0 +1,402 @@
+"""The GPT: a decoder-only transformer with GPT-2's architecture. Read it from top to bottom.
+
+    model = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128))
+    logits, loss = model(idx, targets)                        # training
+    ids = model.generate(idx, max_new_tokens=100, top_k=50)   # text, with a key-value cache
+
+Shapes in comments: B batch, T time (positions in the sequence), C n_embd, the width of the residual stream,
+nh heads, hs = C / nh the size of each, V vocabulary. The model (Radford et al. 2019, "Language Models are
+Unsupervised Multitask Learners") maps ids (B, T) to logits (B, T, V): at each position, scores for the id that
+comes next, computed from that position and those before it alone.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    """The model's shape. ValueError if a size is not positive, n_head does not divide n_embd, or dropout is not
+    in [0, 1)."""
+    block_size: int = 1024    # the longest sequence the model can attend over, in tokens
+    vocab_size: int = 50257
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 384
+    dropout: float = 0.0
+    bias: bool = True         # in linear layers and layer norms; GPT-2 has them, small models do well without
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+
+# --- attention ---
+
+def causal_mask(T, S, device=None):
+    """(T, S) of booleans, true where a query may look: T queries, the newest of S positions, each at itself and
+    the positions before it."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
+
+
+def attention(q, k, v, dropout=0.0):
+    """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) under a causal mask, written out.
+    q (B, nh, T, hs), k and v (B, nh, S, hs) -> the output (B, nh, T, hs) and the weights (B, nh, T, S)."""
+    T, S, hs = q.size(-2), k.size(-2), q.size(-1)
+    # A dot product of hs unit-variance terms has variance hs. Dividing by sqrt(hs) brings it back to 1, else the
+    # softmax saturates in wide heads and passes hardly any gradient.
+    scores = q @ k.transpose(-2, -1) / math.sqrt(hs)
+    # -inf before the softmax becomes a weight of exactly 0 and leaves the others summing to 1.
+    scores = scores.masked_fill(~causal_mask(T, S, q.device), float("-inf"))
+    weights = F.softmax(scores, dim=-1)
+    return F.dropout(weights, dropout) @ v, weights
+
+
+def fast_attention(q, k, v, dropout=0.0):
+    """The output of `attention` by PyTorch's fused kernel, which never stores the T x S scores."""
+    T, S = q.size(-2), k.size(-2)
+    if T == S:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    # With cached keys there are fewer queries than keys. is_causal=True would align the triangle with the oldest
+    # key instead of the newest, so the mask is given, except that one query, the newest, may see everything.
+    mask = None if T == 1 else causal_mask(T, S, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention: every head compares queries with keys in its own hs dimensions, and averages values."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # Q, K, V of all heads at once
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None, layer=0, return_weights=False):
+        # x (B, T, C) -> (B, T, C), and with return_weights the weights (B, nh, T, S)
+        B, T, C = x.shape
+        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+                   for z in self.c_attn(x).split(C, dim=2))
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, nh, S, hs): the cached positions and the T new ones
+        dropout = self.dropout if self.training else 0.0
+        if return_weights:
+            y, weights = attention(q, k, v, dropout)
+        else:
+            y = fast_attention(q, k, v, dropout)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        y = self.resid_dropout(self.c_proj(y))
+        return (y, weights) if return_weights else y
+
+
+# --- the block ---
+
+class MLP(nn.Module):
+    """The feed-forward network: every position by itself, four times as wide inside."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate="tanh")  # the form that GPT-2's weights were trained with
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        # (B, T, C) -> (B, T, C)
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """One layer. The residual stream x passes through untouched; attention and MLP read a normalised copy of it and
+    add what they found. This Pre-LN order keeps an identity path from the loss to every block, so gradients arrive
+    unscaled at any depth. In the Post-LN of 2017, norm(x + f(x)), each layer rescales the stream, and deep models
+    train only with a careful warmup (Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture").
+    For the same reason dropout acts on what is added, never on the stream after the addition."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, layer=0):
+        # (B, T, C) -> (B, T, C)
+        x = x + self.attn(self.ln_1(x), cache, layer)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+# --- the key-value cache ---
+
+class KVCache:
+    """Keys and values of the positions seen so far, for all layers, so that a new token costs one position's work
+    instead of the whole sequence's. Preallocated for `capacity` positions, of which `length` are filled.
+    Takes 2 * n_layer * B * capacity * n_embd numbers."""
+
+    def __init__(self, config, batch_size, length=None, device=None, dtype=None):
+        """length: the capacity in positions, block_size by default; dtype: that of the model's activations."""
+        self.capacity = config.block_size if length is None else length
+        shape = config.n_layer, batch_size, config.n_head, self.capacity, config.n_embd // config.n_head
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, nh, capacity, hs)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    @property
+    def nbytes(self):
+        """Memory taken, in bytes."""
+        return self.k.nbytes + self.v.nbytes
+
+    def append(self, layer, k, v):
+        """Stores a layer's k and v (B, nh, T, hs) of T new positions; returns those of all positions so far. The
+        model moves `length` on when every layer has done so."""
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def repeat(self, n):
+        """A cache with every sequence n times, next to each other: (B, ...) -> (B * n, ...)."""
+        if n == 1:
+            return self
+        repeated = object.__new__(KVCache)
+        repeated.capacity, repeated.length = self.capacity, self.length
+        repeated.k = self.k.repeat_interleave(n, dim=1)
+        repeated.v = self.v.repeat_interleave(n, dim=1)
+        return repeated
+
+
+# --- the model ---
+
+class GPT(nn.Module):
+    """Embeddings, n_layer blocks, a final norm, and a head that shares the token embedding's matrix."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight  # tied (Press & Wolf 2017): a token's input and output vector are one
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Block):
+            # 2 * n_layer projections add to the stream: scaled so, their sum's variance does not grow with depth.
+            for projection in (module.attn.c_proj, module.mlp.c_proj):
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def forward(self, idx, targets=None, cache=None, last_only=False):
+        """idx (B, T) -> logits (B, T, V), or (B, 1, V) with last_only, and the loss: the mean cross-entropy in nats
+        over targets (B, T) that are not -1, None without targets. With a cache, idx continues the sequence that it
+        holds. ValueError if the sequence is empty or longer than block_size or the cache."""
+        if idx.dim() != 2 or idx.size(1) == 0:
+            raise ValueError(f"expected ids of shape (B, T) with T at least 1, got {tuple(idx.shape)}")
+        start = 0 if cache is None else cache.length
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"a sequence of {end} tokens exceeds block_size {self.config.block_size}")
+        if cache is not None and end > cache.capacity:
+            raise ValueError(f"a sequence of {end} tokens exceeds the cache's capacity {cache.capacity}")
+
+        x = self.drop(self.wte(idx) + self.wpe.weight[start:end])  # (B, T, C): what the token is, and where it is
+        for layer, block in enumerate(self.h):
+            x = block(x, cache, layer)
+        if cache is not None:
+            cache.length = end
+        if last_only:
+            x = x[:, -1:]  # only the newest position's logits are wanted, so the head's V rows act on it alone
+        logits = self.lm_head(self.ln_f(x))
+        if targets is None:
+            return logits, None
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # log-sum-exp loses too much in bf16
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    @torch.no_grad()
+    def attention_maps(self, idx):
+        """idx (B, T) -> the weights of every layer and head, (L, B, nh, T, T), without dropout. Row t says how much
+        position t takes from each position."""
+        was_training = self.training
+        self.eval()
+        x, maps = self.wte(idx) + self.wpe.weight[:idx.size(1)], []
+        for block in self.h:
+            maps.append(block.attn(block.ln_1(x), return_weights=True)[1])
+            x = block(x)
+        self.train(was_training)
+        return torch.stack(maps)
+
+    def num_parameters(self, embeddings=True):
+        """The number of parameters; tied matrices count once. Without embeddings: less wte and wpe."""
+        n = sum(p.numel() for p in self.parameters())
+        return n if embeddings else n - self.wte.weight.numel() - self.wpe.weight.numel()
+
+    def flops_per_token(self, T):
+        """Floating-point operations to train on one token of a sequence of T: 6 for each parameter that multiplies
+        (2 forward, 4 backward; wpe only adds), and 12 * n_layer * n_embd * T for the scores and the weighted sums
+        (Chowdhery et al. 2022, PaLM, appendix B)."""
+        return 6 * (self.num_parameters() - self.wpe.weight.numel()) + 12 * self.config.n_layer * self.config.n_embd * T
+
+    # --- generation ---
+
+    def prefill(self, idx, cache=None):
+        """Reads a whole prompt (B, T) at once, which is bound by arithmetic -> logits for the next token (B, V)."""
+        return self(idx, cache=cache, last_only=True)[0][:, -1]
+
+    def decode_one_token(self, token, cache):
+        """Reads one more token (B,) -> logits for the next (B, V). Bound by memory: each weight is read once."""
+        return self(token[:, None], cache=cache, last_only=True)[0][:, -1]
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
+                 eos_id=None, num_samples=1, use_cache=True, generator=None):
+        """idx (B, T) -> (B * num_samples, T + n), n <= max_new_tokens: the prompts and what follows them. The
+        arguments are those of `stream`."""
+        tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty,
+                             eos_id, num_samples, use_cache, generator)
+        return torch.cat([idx.repeat_interleave(num_samples, dim=0)] + [t[:, None] for t in tokens], dim=1)
+
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
+               eos_id=None, num_samples=1, use_cache=True, generator=None):
+        """Yields the new ids of each step, (B * num_samples,): rows r * num_samples and on continue row r of
+        idx (B, T). Stops after max_new_tokens, or when every row has produced eos_id; rows that have are padded
+        with it. temperature 0 takes the likeliest token. use_cache=False re-encodes everything at every step: slow,
+        the reference. ValueError for an argument out of range or an id outside the vocabulary."""
+        check_sampling(temperature, top_k, top_p, repetition_penalty)
+        if max_new_tokens < 0 or num_samples < 1:
+            raise ValueError("max_new_tokens must be at least 0 and num_samples at least 1, "
+                             f"got {max_new_tokens} and {num_samples}")
+        if idx.dim() != 2 or idx.numel() == 0:
+            raise ValueError(f"expected a prompt of shape (B, T) with T at least 1, got {tuple(idx.shape)}")
+        if not 0 <= int(idx.min()) <= int(idx.max()) < self.config.vocab_size:
+            raise ValueError(f"the prompt's ids reach from {int(idx.min())} to {int(idx.max())}, "
+                             f"outside the vocabulary of {self.config.vocab_size}")
+        return self._stream(idx, max_new_tokens, (temperature, top_k, top_p, repetition_penalty, generator),
+                            eos_id, num_samples, use_cache)
+
+    @torch.no_grad()
+    def _stream(self, idx, max_new_tokens, sampling, eos_id, num_samples, use_cache):
+        block_size = self.config.block_size
+        was_training = self.training
+        self.eval()
+        try:
+            window = idx[:, -block_size:]  # what the model sees of the sequence
+            cache = None
+            if use_cache:
+                capacity = min(block_size, window.size(1) + max_new_tokens)
+                cache = KVCache(self.config, idx.size(0), capacity, idx.device, self.compute_dtype())
+            logits = self.prefill(window, cache).repeat_interleave(num_samples, dim=0)
+            idx, window = (ids.repeat_interleave(num_samples, dim=0) for ids in (idx, window))
+            cache = cache and cache.repeat(num_samples)  # the prompt was read once, whatever the number of samples
+            done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+            for step in range(max_new_tokens):
+                token = sample(logits, idx, *sampling)  # (B,)
+                if eos_id is not None:
+                    token = token.masked_fill(done, eos_id)
+                    done |= token == eos_id
+                yield token
+                if step == max_new_tokens - 1 or (eos_id is not None and bool(done.all())):
+                    break
+                idx = torch.cat((idx, token[:, None]), dim=1)
+                if window.size(1) < block_size:
+                    window = torch.cat((window, token[:, None]), dim=1)
+                    logits = self.decode_one_token(token, cache) if use_cache else self.prefill(window)
+                else:
+                    # The window is full. Positions are absolute, so cached keys cannot slide: start again from the
+                    # newest half. That costs one prefill every block_size / 2 tokens, not one every token.
+                    window = idx[:, -max(1, block_size // 2):]
+                    if use_cache:
+                        cache.length = 0
+                    logits = self.prefill(window, cache)
+        finally:
+            self.train(was_training)
+
+    def compute_dtype(self):
+        """The dtype of the activations: autocast's where it is on, else the weights'."""
+        weight = self.wte.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            return torch.get_autocast_dtype(weight.device.type)
+        return weight.dtype
+
+
+# --- sampling: a chain of functions on logits (B, V), each as Hugging Face's logits processor of that name has it ---
+
+def check_sampling(temperature, top_k, top_p, repetition_penalty):
+    """ValueError if an argument is out of its range."""
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if not 0.0 < repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty must be a number above 0, got {repetition_penalty}")
+
+
+def penalize_repetition(logits, ids, penalty):
+    """Makes the tokens that occur in ids (B, T) less likely, each once: a positive logit is divided by the penalty,
+    a negative one multiplied (Keskar et al. 2019, CTRL, section 4.1)."""
+    seen = logits.gather(1, ids)
+    return logits.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def scale_temperature(logits, temperature):
+    """Below 1 sharpens the distribution, above 1 flattens it."""
+    return logits / temperature
+
+
+def keep_top_k(logits, k):
+    """All but the k largest logits become -inf; ties with the k-th stay."""
+    kth = logits.topk(min(k, logits.size(-1))).values[:, -1:]
+    return logits.masked_fill(logits < kth, float("-inf"))
+
+
+def keep_top_p(logits, p, candidates=256):
+    """All but the smallest set of tokens whose probability reaches p become -inf (Holtzman et al. 2020, nucleus
+    sampling); at least one token stays."""
+    probs = F.softmax(logits, dim=-1)
+    if p < 1.0 and candidates < logits.size(-1):
+        # Sorting a large vocabulary costs more than the rest of sampling together, and the largest few hundred
+        # tokens mostly hold the mass already. A token stays if those before it have not reached p.
+        top, ids = probs.topk(candidates)
+        cumulative = top.cumsum(-1)
+        if bool((cumulative[:, -1] >= p).all()):
+            kept = ids.masked_fill(cumulative - top >= p, -1)
+            kept = torch.where(kept < 0, ids[:, :1], kept)  # the likeliest token in place of each that goes
+            return torch.full_like(logits, float("-inf")).scatter(1, kept, logits.gather(1, kept))
+    # From the least likely up: a token goes while it and those below it hold no more than 1 - p.
+    ascending, ids = logits.sort(dim=-1)
+    drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - p
+    drop[:, -1] = False
+    return logits.masked_fill(torch.zeros_like(drop).scatter(1, ids, drop), float("-inf"))
+
+
+def sample(logits, ids, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, generator=None):
+    """logits (B, V) and the ids (B, T) that led there -> the next ids (B,)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if repetition_penalty != 1.0:
+        logits = penalize_repetition(logits, ids, repetition_penalty)
+    if temperature <= 1e-8:
+        return logits.argmax(dim=-1)
+    logits = scale_temperature(logits, temperature)
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if top_p is not None:
+        logits = keep_top_p(logits, top_p)
+    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator).squeeze(1)

@@ -1,0 +1,88 @@
+"""What turns gradients into steps: AdamW, Muon, which parameters go to which, and the learning rate's schedule.
+
+    optimizers = make_optimizers(model, "muon", learning_rate=3e-3, muon_learning_rate=0.02)
+    scale = schedule(i, warmup_iters=100, max_iters=2000, min_ratio=0.1)    # times every group's peak rate
+"""
+import math
+
+import torch
+
+
+def schedule(i, warmup_iters, max_iters, min_ratio):
+    """The learning rate of step i (from 0) as a share of its peak: linear warmup over warmup_iters steps, then half
+    a cosine down to min_ratio at max_iters (Loshchilov & Hutter 2017, SGDR, without restarts)."""
+    if i < warmup_iters:
+        return (i + 1) / (warmup_iters + 1)
+    progress = min(1.0, (i - warmup_iters) / max(1, max_iters - warmup_iters))
+    return min_ratio + (1.0 - min_ratio) * (1.0 + math.cos(math.pi * progress)) / 2.0
+
+
+def orthogonalize(m, steps=5):
+    """(N, rows, cols) -> the same matrices with all singular values brought near 1, by the quintic Newton-Schulz
+    iteration of Jordan et al. 2024, whose coefficients trade exactness for speed: they end within about 0.7 to 1.2."""
+    if m.size(-2) > m.size(-1):
+        return orthogonalize(m.mT, steps).mT
+    m = m / m.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = m @ m.mT
+        m = torch.baddbmm(m, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), m, beta=3.4445)
+    return m
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose direction is orthogonalised, so that every direction of a matrix moves alike and none is drowned
+    by a few large singular values (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+    Matrices of one shape are orthogonalised together, in `dtype`; torch.optim.Muon takes one at a time in bfloat16."""
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, dtype=torch.bfloat16):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step from the gradients in .grad."""
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffers = [self.state[p]["momentum_buffer"] for p in params]
+                grads = [p.grad for p in params]
+                torch._foreach_lerp_(buffers, grads, 1 - momentum)
+                updates = torch.stack(torch._foreach_lerp(grads, buffers, momentum)).to(self.dtype)  # Nesterov's
+                updates = orthogonalize(updates).to(params[0].dtype).unbind()
+                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(params, updates, alpha=-lr * max(1, shape[0] / shape[1]) ** 0.5)
+
+
+def has_fast_bfloat16(device_type):
+    """Whether matrix products in bfloat16 are faster than in float32: not on a CPU that only emulates them."""
+    if device_type != "cpu":
+        return device_type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def make_optimizers(model, optimizer, learning_rate, muon_learning_rate=0.02, weight_decay=0.0, beta1=0.9, beta2=0.95):
+    """A model -> a list of (optimizer, peak learning rate). With "adamw" it is one: matrices decay, biases and norms
+    do not. With "muon", Muon takes the blocks' matrices and AdamW the rest: embeddings are tables of vectors, of
+    which a step sees a few, and gains and biases are vectors, so neither has a spectrum to even out (Jordan et al.
+    2024, "When should you use Muon?"). ValueError for another name."""
+    if optimizer not in ("adamw", "muon"):
+        raise ValueError(f"optimizer must be 'adamw' or 'muon', got {optimizer!r}")
+    params = dict(model.named_parameters())  # a tied matrix appears once
+    device_type = next(iter(params.values())).device.type
+    hidden = [p for name, p in params.items() if optimizer == "muon" and p.dim() == 2 and ".h." in f".{name}"]
+    rest = [p for p in params.values() if not any(p is q for q in hidden)]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type in ("cpu", "cuda"))
+    if not hidden:
+        return [(adamw, learning_rate)]
+    dtype = torch.bfloat16 if has_fast_bfloat16(device_type) else torch.float32
+    muon = Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay, dtype=dtype)
+    return [(muon, muon_learning_rate), (adamw, learning_rate)]
