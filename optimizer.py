@@ -67,11 +67,12 @@ def has_fast_bfloat16(device_type):
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def make_optimizers(model, optimizer, learning_rate, muon_learning_rate=0.02, weight_decay=0.0, beta1=0.9, beta2=0.95):
+def make_optimizers(model, optimizer, learning_rate, muon_learning_rate=0.02, weight_decay=0.0, beta1=0.9, beta2=0.95,
+                    muon_dtype=torch.bfloat16):
     """A model -> a list of (optimizer, peak learning rate). With "adamw" it is one: matrices decay, biases and norms
     do not. With "muon", Muon takes the blocks' matrices and AdamW the rest: embeddings are tables of vectors, of
     which a step sees a few, and gains and biases are vectors, so neither has a spectrum to even out (Jordan et al.
-    2024, "When should you use Muon?"). ValueError for another name."""
+    2024, "When should you use Muon?"). muon_dtype: what Muon orthogonalises in. ValueError for another name."""
     if optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer must be 'adamw' or 'muon', got {optimizer!r}")
     params = dict(model.named_parameters())  # a tied matrix appears once
@@ -83,6 +84,5 @@ def make_optimizers(model, optimizer, learning_rate, muon_learning_rate=0.02, we
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type in ("cpu", "cuda"))
     if not hidden:
         return [(adamw, learning_rate)]
-    dtype = torch.bfloat16 if has_fast_bfloat16(device_type) else torch.float32
-    muon = Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay, dtype=dtype)
+    muon = Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay, dtype=muon_dtype)
     return [(muon, muon_learning_rate), (adamw, learning_rate)]

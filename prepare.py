@@ -184,8 +184,7 @@ def make_tokenizer(kind, files, total):
 def encode(tok, files, total, partial, progress, dtype):
     """Appends the ids of all pieces to .partial/tokens.bin, from where `progress` says that an earlier run stopped.
     Returns the number of tokens and the sha256 of the text."""
-    separator = [tok.eot] if tok.eot is not None else tok.encode("\n")
-    separator_text = b"<|endoftext|>" if tok.eot is not None else b"\n"
+    separator_text = "\n" if tok.eot is None else "<|endoftext|>"
     sha256, started, new_tokens = hashlib.sha256(), time.time(), 0
     with open(partial / "tokens.bin", "ab") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
         out.truncate(progress["tokens"] * dtype.itemsize)  # a batch that was not written to its end
@@ -194,7 +193,7 @@ def encode(tok, files, total, partial, progress, dtype):
             batch, size = [], 0
             for number, (piece, first, done) in pieces:
                 if first and number:
-                    sha256.update(separator_text)
+                    sha256.update(separator_text.encode())
                 sha256.update(piece.encode())
                 if number >= progress["pieces"]:  # else it was encoded by the run before
                     batch.append((piece, first and number > 0))
@@ -206,7 +205,7 @@ def encode(tok, files, total, partial, progress, dtype):
                 return progress["tokens"], sha256.hexdigest()
             for (_, separate), ids in zip(batch, pool.map(tok.encode_array, [piece for piece, _ in batch])):
                 if separate:
-                    ids = np.concatenate((separator, ids))
+                    ids = np.concatenate((tok.encode("\n") if tok.eot is None else [tok.eot], ids))
                 out.write(np.asarray(ids).astype(dtype).tobytes())
                 progress["tokens"] += len(ids)
                 new_tokens += len(ids)

@@ -60,8 +60,9 @@ class CharTokenizer:
         return ids
 
     def _unknown(self, c):
+        known = repr(self.chars if len(self.chars) <= 1000 else self.chars[:1000] + "...")
         return ValueError(f"character {c!r} (U+{ord(c):04X}) is not among the {self.vocab_size} that this tokenizer "
-                          f"knows: {self.chars!r}")
+                          f"knows: {known}")
 
     def decode(self, ids):
         """ids -> str. ValueError for an id outside the vocabulary."""

@@ -213,7 +213,8 @@ if checkpoint:
 torch.manual_seed(seed)
 try:
     raw_model = GPT(GPTConfig(**model_args)).to(device)
-    optimizers = make_optimizers(raw_model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta1, beta2)
+    optimizers = make_optimizers(raw_model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta1, beta2,
+                                 torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 except ValueError as e:
     leave(e)
 params = list(raw_model.parameters())
@@ -385,6 +386,9 @@ while iter_num < max_iters and not stop_signal:
     stopping = evaluating and patience is not None and bad_evals >= max(1, patience)
     stop_signal = int(over_processes(stop_signal, "MAX"))
     if iter_num % checkpoint_interval == 0 or last or stopping or stop_signal:
+        if not math.isfinite(over_processes(loss_sum.item())):
+            leave(f"the loss at step {iter_num} is not finite; the last good checkpoint stays as it is; "
+                  "try a lower learning rate")
         seconds += time.perf_counter() - mark
         save(out / "latest.pt")
         mark = time.perf_counter()

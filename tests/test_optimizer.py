@@ -1,0 +1,72 @@
+import copy
+import math
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from optimizer import Muon, make_optimizers, orthogonalize, schedule
+
+
+def model_and_batch():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=29, n_layer=2, n_head=2, n_embd=32))
+    return model, torch.randint(29, (4, 16)), torch.randint(29, (4, 16))
+
+
+@pytest.mark.parametrize("warmup, n, ratio", [(0, 10, 0.1), (3, 10, 0.1), (10, 10, 0.0), (1, 1, 0.5)])
+def test_schedule(warmup, n, ratio):
+    for i in range(n):
+        if i < warmup:
+            expected = (i + 1) / (warmup + 1)
+        else:
+            expected = ratio + (1 - ratio) * (1 + math.cos(math.pi * (i - warmup) / (n - warmup))) / 2
+        assert schedule(i, warmup, n, ratio) == pytest.approx(expected, rel=1e-12)
+    assert schedule(n + 5, warmup, n, ratio) == pytest.approx(ratio)
+
+
+def test_muon_is_torchs():
+    ours, x, y = model_and_batch()
+    theirs = copy.deepcopy(ours)
+    steps = []
+    for model, Optimizer in ((ours, Muon), (theirs, torch.optim.Muon)):
+        hidden = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("h.")]
+        steps.append((model, Optimizer(hidden, lr=0.02, weight_decay=0.1, momentum=0.95), hidden))
+    for _ in range(4):
+        for model, muon, _ in steps:
+            model(x, y)[1].backward()
+            muon.step()
+            model.zero_grad()
+    for p, q in zip(steps[0][2], steps[1][2]):
+        torch.testing.assert_close(p, q, atol=2e-4, rtol=0)  # both orthogonalise in bfloat16; a step moves 0.02
+
+
+def test_orthogonalize_in_float32():
+    torch.manual_seed(0)
+    for shape in ((3, 20, 50), (2, 50, 20), (1, 16, 16)):
+        m = torch.randn(shape)
+        u, _, vh = torch.linalg.svd(m, full_matrices=False)
+        o = orthogonalize(m)
+        assert o.shape == m.shape
+        singular = torch.linalg.svdvals(o)
+        assert singular.min() > 0.3 and singular.max() < 1.3
+        # The singular vectors stay: in their basis the result is diagonal.
+        rotated = u.mT @ o @ vh.mT
+        torch.testing.assert_close(rotated, torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1)), atol=1e-4, rtol=0)
+
+
+def test_which_parameters_go_where():
+    model, _, _ = model_and_batch()
+    names = {p: name for name, p in model.named_parameters()}
+    (muon, rate), (adamw, _) = make_optimizers(model, "muon", 1e-3, 0.05, weight_decay=0.1)
+    assert rate == 0.05
+    matrices = {names[p] for p in muon.param_groups[0]["params"]}
+    assert matrices == {n for n, p in model.named_parameters() if n.startswith("h.") and p.dim() == 2}
+    decayed, others = ({names[p] for p in g["params"]} for g in adamw.param_groups)
+    assert decayed == {"wte.weight", "wpe.weight"} and all("ln" in n or "bias" in n for n in others)
+    assert len(matrices) + len(decayed) + len(others) == len(names)
+    (adamw, _), = make_optimizers(model, "adamw", 1e-3, weight_decay=0.1)
+    assert [g["weight_decay"] for g in adamw.param_groups] == [0.1, 0.0]
+    assert all((p.dim() >= 2) == (g["weight_decay"] > 0) for g in adamw.param_groups for p in g["params"])
+    with pytest.raises(ValueError, match="'adamw' or 'muon', got 'sgd'"):
+        make_optimizers(model, "sgd", 1e-3)

@@ -1,0 +1,203 @@
+"""Runs of train.py: what they write, that they repeat, that they can be killed and resumed, and how they fail."""
+import csv
+import math
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint import load_checkpoint, load_model, save_checkpoint
+from conftest import TINY
+
+LOSSES = ["iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm"]  # all columns but the clock's
+
+
+def rows(folder, columns=LOSSES):
+    with open(folder / "log.csv", newline="") as f:
+        return [[row[c] for c in columns] for row in csv.DictReader(f)]
+
+
+def same_state(a, b):
+    """Whether two checkpoints hold the same tensors and values."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return a == b
+
+
+def same_run(a, b):
+    """Whether two runs ended with the same log, weights and optimizer state."""
+    x, y = load_checkpoint(a / "latest.pt"), load_checkpoint(b / "latest.pt")
+    return rows(a) == rows(b) and all(same_state(x[k], y[k]) for k in ("model", "optimizer", "iter_num", "best_val_loss"))
+
+
+def test_log_and_checkpoint(trained):
+    out = trained.folder / "out"
+    log = rows(out, ["iter", "tokens", "loss", "train_loss", "val_loss", "lr"])
+    assert [int(r[0]) for r in log] == list(range(5, 61, 5))
+    assert all(int(r[1]) == int(r[0]) * 8 * 32 for r in log)
+    assert all(bool(r[4]) == (int(r[0]) % 20 == 0) == bool(r[3]) for r in log)
+    assert float(log[-1][2]) < float(log[0][2]) - 0.5
+    for r in log:  # the rate of step i, of which there are i + 1 when it is done
+        i, w, n = int(r[0]) - 1, 6, 60
+        expected = 1e-3 * (i + 1) / (w + 1) if i < w else 1e-4 + 9e-4 * (1 + math.cos(math.pi * (i - w) / (n - w))) / 2
+        assert float(r[5]) == pytest.approx(expected, rel=1e-9)
+    seconds = [float(s) for s, in rows(out, ["seconds"])]
+    assert seconds == sorted(seconds)
+    checkpoint = load_checkpoint(out / "latest.pt")
+    assert checkpoint["iter_num"] == 60 and checkpoint["config"]["n_embd"] == 32
+    assert checkpoint["tokenizer"]["kind"] == "char"
+    assert checkpoint["best_val_loss"] == pytest.approx(min(float(r[4]) for r in log if r[4]))
+
+
+def test_validation_loss_is_the_whole_splits(trained):
+    model, tok, checkpoint = load_model(trained.folder / "out")
+    val = torch.from_numpy(np.fromfile(trained.folder / "data/tiny/val.bin", dtype="<u2").astype(np.int64))
+    n = (len(val) - 1) // 32
+    with torch.no_grad():
+        losses = [model(val[None, i * 32:i * 32 + 32], val[None, i * 32 + 1:i * 32 + 33])[1].item() for i in range(n)]
+    assert sum(losses) / n == pytest.approx(checkpoint["best_val_loss"], abs=0.01)  # trained in bfloat16 where fast
+    printed = trained.run("train.py", *TINY, "--init_from=resume", "--eval_only", "--dtype=float32")
+    assert f"validation loss {sum(losses) / n:.4f}" in printed
+
+
+def test_two_runs_are_the_same_and_the_first_is_kept(trained):
+    first = trained.folder / "again"
+    for _ in range(2):
+        printed = trained.run("train.py", *TINY, "--max_iters=30", "--out_dir=again")
+    assert "moved it to again.1" in printed
+    assert same_run(first, trained.folder / "again.1")
+    trained.run("train.py", *TINY, "--max_iters=30", "--out_dir=again", "--seed=2")
+    assert rows(first) != rows(trained.folder / "again.1")
+
+
+def test_accumulation_is_a_larger_batch(trained):
+    for name, batch, accumulation in (("whole", 8, 1), ("parts", 2, 4)):
+        trained.run("train.py", *TINY, "--max_iters=20", f"--out_dir={name}", f"--batch_size={batch}", "--dropout=0",
+                    f"--gradient_accumulation_steps={accumulation}", "--dtype=float32")
+    a, b = (np.array(rows(trained.folder / name, ["loss"]), dtype=float) for name in ("whole", "parts"))
+    assert np.abs(a - b).max() < 1e-4
+
+
+@pytest.mark.parametrize("how, code", [("SIGKILL", -9), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_killed_and_resumed_is_the_run_that_was_never_killed(trained, how, code):
+    arguments = [*TINY, "--max_iters=400", "--eval_interval=50", "--warmup_iters=150", "--init_from=resume"]
+    reference, out = trained.folder / "unbroken", trained.folder / how
+    if not reference.exists():
+        trained.run("train.py", *arguments, "--out_dir=unbroken")
+    step = 0
+    for _ in range(2):  # stopped twice, wherever it happens to be
+        process = subprocess.Popen(trained.command("train.py", *arguments, f"--out_dir={how}"), cwd=trained.folder,
+                                   stdout=subprocess.DEVNULL)
+        before, deadline = step, time.time() + 60
+        while step < before + 30 and time.time() < deadline:
+            time.sleep(0.01)
+            step = load_checkpoint(out / "latest.pt")["iter_num"] if (out / "latest.pt").exists() else 0
+        process.send_signal(getattr(signal, how))
+        assert process.wait(60) == code
+    assert step < 400
+    trained.run("train.py", *arguments, f"--out_dir={how}")
+    assert load_checkpoint(out / "latest.pt")["iter_num"] == 400
+    assert same_run(reference, out)
+
+
+def test_resume_takes_the_runs_settings_and_what_is_named(trained):
+    shutil.copytree(trained.folder / "out", trained.folder / "more")
+    assert "nothing to do" in trained.run("train.py", "--init_from=resume", "--out_dir=more")
+    trained.run("train.py", "--init_from=resume", "--out_dir=more", "--max_iters=70", "--learning_rate=0.5")
+    checkpoint = load_checkpoint(trained.folder / "more" / "latest.pt")
+    assert checkpoint["iter_num"] == 70 and checkpoint["config"]["n_embd"] == 32
+    assert float(rows(trained.folder / "more", ["lr"])[-1][0]) > 0.04
+    error = trained.fails("train.py", "--init_from=resume", "--out_dir=more", "--n_layer=3")
+    assert "n_layer=3: the checkpoint has 2" in error
+    (trained.folder / "other.txt").write_text("other letters: xyzw! " * 100)
+    trained.run("prepare.py", "--dataset=other", "--input=other.txt")
+    assert "vocab_size" in trained.fails("train.py", "--init_from=resume", "--out_dir=more", "--dataset=other")
+
+
+def test_resume_without_a_checkpoint_starts_from_scratch(trained):
+    printed = trained.run("train.py", *TINY, "--max_iters=2", "--init_from=resume", "--out_dir=fresh")
+    assert "no latest.pt in fresh: starting from scratch" in printed
+    assert len(rows(trained.folder / "fresh")) == 1
+
+
+def test_early_stop_keeps_the_best(trained):
+    printed = trained.run("train.py", *TINY, "--max_iters=2000", "--out_dir=early", "--patience=2", "--learning_rate=1e-12",
+                          "--muon_learning_rate=1e-12", "--eval_interval=5")
+    assert "stopping early: 2 evaluations" in printed
+    assert load_checkpoint(trained.folder / "early" / "latest.pt")["iter_num"] < 2000
+    best = load_checkpoint(trained.folder / "early" / "best.pt")
+    lowest = min(float(v) for v, in rows(trained.folder / "early", ["val_loss"]) if v)
+    assert best["best_val_loss"] == pytest.approx(lowest, rel=1e-9)
+
+
+@pytest.mark.parametrize("interval", [1, 100])
+def test_a_loss_that_is_not_finite_stops_the_run(trained, interval):
+    out = trained.folder / f"hot-{interval}"
+    shutil.copytree(trained.folder / "out", out)
+    before = (out / "latest.pt").read_bytes()
+    error = trained.fails("train.py", "--init_from=resume", f"--out_dir={out.name}", "--max_iters=500", "--grad_clip=0",
+                          "--learning_rate=1e30", "--muon_learning_rate=1e30", f"--checkpoint_interval={interval}")
+    assert "finite" in error or "nan" in error
+    assert interval == 1 or before == (out / "latest.pt").read_bytes()
+    checkpoint = load_checkpoint(out / "latest.pt")
+    assert all(torch.isfinite(w).all() for w in checkpoint["model"].values())
+
+
+def test_a_missing_dataset_is_prepared(project):
+    printed = project.run("train.py", *TINY, "--dataset=shakespeare_char", "--max_iters=1", "--eval_tokens=320")
+    assert "preparing it" in printed and (project.folder / "data/shakespeare_char/meta.json").exists()
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--dataset=none", "no text for the dataset 'none'"), ("--block_size=100000", "too few for a block_size of 100000"),
+    ("--n_head=5", "divisible by n_head"), ("--optimizer=sgd", "'adamw' or 'muon', got 'sgd'"),
+    ("--device=gpu", "device 'gpu' cannot be used"), ("--dtype=int3", "got 'int3'"), ("--batch_size=0", "batch_size"),
+    ("--max_iters=-1", "max_iters"), ("--dropout=1.5", "dropout"), ("--learning_rate=nan", "learning_rate"),
+    ("--beta1=1.0", "beta1"), ("--seed=-1", "seed")])
+def test_errors(trained, argument, words):
+    before = (trained.folder / "out" / "latest.pt").read_bytes()
+    assert words in trained.fails("train.py", *TINY, argument)
+    assert before == (trained.folder / "out" / "latest.pt").read_bytes()
+
+
+def test_a_damaged_checkpoint_is_named(trained):
+    out = trained.folder / "damaged"
+    out.mkdir()
+    (out / "latest.pt").write_bytes((trained.folder / "out" / "latest.pt").read_bytes()[:5000])
+    for script, how in (("train.py", "--init_from=resume"), ("sample.py", "--seed=1")):
+        assert "latest.pt cannot be read" in trained.fails(script, how, "--out_dir=damaged")
+
+
+def test_checkpoints_hold_no_code_and_nothing_that_is_not_finite(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"format_version": 1, "model": os.system}, path)
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        load_checkpoint(path)
+    save_checkpoint(path, {"model": {"w": torch.ones(3)}})
+    with pytest.raises(ValueError, match=r"\['w'\] is not finite"):
+        save_checkpoint(path, {"model": {"w": torch.tensor([1.0, math.inf])}})
+    assert load_checkpoint(path)["model"]["w"].sum() == 3
+    torch.save({"other": 1}, path)
+    with pytest.raises(ValueError, match="checkpoint format None"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("script", ["train.py", "prepare.py", "sample.py"])
+def test_help_lists_every_setting(project, script):
+    printed = project.run(script, "--help")
+    settings = [line for line in printed.splitlines() if line.startswith("  --")]
+    assert len(settings) > 3 and all(len(line.split(None, 2)) == 3 and len(line) > 45 for line in settings)
+
+
+@pytest.mark.parametrize("config", ["quick", "train_shakespeare_char"])
+def test_shipped_configs_run(project, config):
+    project.run("train.py", f"config/{config}.py", "--max_iters=2", "--eval_tokens=1000")
