@@ -40,7 +40,7 @@ def _read_knobs(script):
             kinds = [type(globals()[name]).__name__]
         else:
             continue
-        if kinds[0] not in ("int", "float", "str", "bool"):
+        if kinds[0] not in ("int", "float", "str", "bool") or not name.islower():  # CONSTANTS are not knobs
             continue
         knobs[name] = {"int": int, "float": float, "str": str, "bool": bool}[kinds[0]], "None" in kinds
         headings = [comments[n] for n in range(last_line + 1, node.lineno) if n in comments] if last_line else []

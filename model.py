@@ -64,6 +64,10 @@ def attention(q, k, v, dropout=0.0):
 def fast_attention(q, k, v, dropout=0.0):
     """The output of `attention` by PyTorch's fused kernel, which never stores the T x S scores."""
     T, S = q.size(-2), k.size(-2)
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
+        # The CPU kernel's backward pass takes several times as long in bfloat16 as in float32, conversion included.
+        with torch.autocast("cpu", enabled=False):
+            return fast_attention(q.float(), k.float(), v.float(), dropout).to(torch.bfloat16)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     # With cached keys there are fewer queries than keys. is_causal=True would align the triangle with the oldest
@@ -229,6 +233,22 @@ class GPT(nn.Module):
             return logits, None
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # log-sum-exp loses too much in bf16
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def crop_block_size(self, block_size):
+        """Forgets the positions from block_size on. ValueError if there are not as many."""
+        if not 0 < block_size <= self.config.block_size:
+            raise ValueError(f"block_size {block_size} is not between 1 and the model's {self.config.block_size}")
+        self.config.block_size = block_size
+        self.wpe = nn.Embedding.from_pretrained(self.wpe.weight[:block_size].detach().clone(), freeze=False)
+
+    def set_dropout(self, dropout):
+        """Changes the dropout of every layer."""
+        self.config.dropout = dropout
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+            elif isinstance(module, CausalSelfAttention):
+                module.dropout = dropout
 
     @torch.no_grad()
     def attention_maps(self, idx):

@@ -3,6 +3,7 @@
     python sample.py --start="ROMEO:"                          # the best checkpoint of the run in out/
     python sample.py --start=FILE:prompt.txt --num_samples=3 --top_p=0.9
     python sample.py --temperature=0                           # always the likeliest token
+    python sample.py --init_from=gpt2 --start="The answer is"  # GPT-2's weights: by name, or a Hugging Face folder
 
 Several samples are generated together; the first is shown as it comes, the others when they are complete.
 """
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_model
+from checkpoint import load_model, load_pretrained
 
+init_from = "resume"               # resume: the run in out_dir; else gpt2, ..., gpt2-xl, a Hugging Face name or folder
 out_dir = "out"                    # the run to take the model from
 start = "\n"                       # the prompt, or FILE:path to read it from a file; "" for an end-of-text token
 num_samples = 1                    # texts to write
@@ -60,7 +62,9 @@ class Text:
 @torch.inference_mode()
 def main():
     """Loads the model, generates, prints."""
-    model, tok, _ = load_model(out_dir)
+    model, tok = load_model(out_dir)[:2] if init_from == "resume" else load_pretrained(init_from)
+    if tok is None:
+        raise ValueError(f"{init_from} has no tokenizer that is known here (GPT-2's)")
     where = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     precision = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
     if precision not in ("float32", "bfloat16"):

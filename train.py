@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, load_pretrained, save_checkpoint
 from model import GPT, GPTConfig
 from optimizer import has_fast_bfloat16, make_optimizers, schedule
 
 # the run
 out_dir = "out"                    # where checkpoints and the log go; an older run found there is moved to out.1, out.2, ...
-init_from = "scratch"              # scratch or resume
+init_from = "scratch"              # scratch, resume, or GPT-2 weights: gpt2, ..., gpt2-xl, a Hugging Face name or folder
 seed = 1337                        # the run's every random choice follows from it
 # data
 dataset = "shakespeare_char"       # a folder in data/, made by prepare.py
@@ -125,6 +125,22 @@ if init_from == "resume" and (out / "latest.pt").exists():
 elif init_from == "resume":
     say(f"no latest.pt in {out_dir}: starting from scratch")
 
+# --- pretrained: the weights bring the model's shape; a smaller block_size cuts off later positions ---
+
+raw_model = None
+if init_from not in ("scratch", "resume"):
+    try:
+        raw_model, pretrained_tokenizer = load_pretrained(init_from)
+        raw_model.crop_block_size(block_size if "block_size" in overrides else raw_model.config.block_size)
+    except (ValueError, RuntimeError) as e:
+        leave(e)
+    shape = {k: getattr(raw_model.config, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
+    for k, v in shape.items():
+        if k in overrides and overrides[k] != v:
+            leave(f"{init_from} has {k}={v}, not {overrides[k]}; leave it out, or train from scratch")
+    config |= shape
+    globals().update(shape)
+
 # --- check the settings, choose the machine ---
 
 for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_tokens", "log_interval",
@@ -212,7 +228,13 @@ if checkpoint:
         leave(f"cannot resume on {dataset}: its tokenizer is not the checkpoint's; start from scratch")
 torch.manual_seed(seed)
 try:
-    raw_model = GPT(GPTConfig(**model_args)).to(device)
+    if raw_model is None:
+        raw_model = GPT(GPTConfig(**model_args))
+    elif raw_model.config.vocab_size != meta["vocab_size"] or (
+            pretrained_tokenizer and pretrained_tokenizer.state() != meta["tokenizer"]):
+        leave(f"{init_from} has another vocabulary than the dataset {dataset}; prepare one with --tokenizer=gpt2")
+    raw_model.set_dropout(dropout)
+    raw_model.to(device).train()
     optimizers = make_optimizers(raw_model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta1, beta2,
                                  torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 except ValueError as e:

@@ -1,0 +1,16 @@
+# GPT-2 124M, finetuned on tiny Shakespeare in byte-pair encoding. AdamW with a small constant rate, since the weights
+# are good already and the text is short: one pass is about ten steps.
+init_from = "gpt2"
+dataset = "shakespeare"
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 40
+learning_rate = 3e-5
+min_lr = 3e-5
+warmup_iters = 0
+dropout = 0.1
+eval_interval = 10
+eval_tokens = 32_768
+log_interval = 1
+checkpoint_interval = 20
+patience = 2
