@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT / "data" / "tiktoken"))  # copies of the scripts share it
 os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "1"  # pytest.ini runs two tests at a time
+torch.set_num_threads(1)
 
 TEXT = "\n".join(
     f"The {a} {b} {c} by the {d}, and {e}."
