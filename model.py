@@ -40,6 +40,35 @@ class GPTConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
 
+# --- the linear layer ---
+
+class Linear(nn.Linear):
+    """y = x W^T + b. After `quantize` the weight is int8, with one scale for each of its rows."""
+
+    scale = None
+
+    def forward(self, x):
+        # (..., in) -> (..., out)
+        if x.numel() == x.size(-1) and torch.compiler.is_compiling():
+            # One row, as in decoding, does two operations for each weight it reads: memory is the limit, and the library's
+            # products, made for many rows, stay far below it. The compiler makes of this sum one loop that reads each
+            # weight once, in whatever dtype it is stored.
+            y = (self.weight.float() * x.float().flatten()).sum(dim=-1)
+            y = y if self.scale is None else y * self.scale
+            y = y if self.bias is None else y + self.bias
+            return y.to(x.dtype).view(*x.shape[:-1], -1)
+        if self.scale is None:
+            return F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def quantize(self):
+        """Replaces the weight by int8: each row is divided by its largest magnitude / 127 and rounded."""
+        weight = self.weight.detach().float()
+        self.scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+        self.weight = nn.Parameter((weight / self.scale[:, None]).round().to(torch.int8), requires_grad=False)
+
+
 # --- attention ---
 
 def causal_mask(T, S, device=None):
@@ -61,9 +90,12 @@ def attention(q, k, v, dropout=0.0):
     return F.dropout(weights, dropout) @ v, weights
 
 
-def fast_attention(q, k, v, dropout=0.0):
-    """The output of `attention` by PyTorch's fused kernel, which never stores the T x S scores."""
+def fast_attention(q, k, v, dropout=0.0, mask=None):
+    """The output of `attention` by PyTorch's fused kernel, which never stores the T x S scores. mask: which of S cached
+    positions count, where it is not all of them."""
     T, S = q.size(-2), k.size(-2)
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
         # The CPU kernel's backward pass takes several times as long in bfloat16 as in float32, conversion included.
         with torch.autocast("cpu", enabled=False):
@@ -83,8 +115,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # Q, K, V of all heads at once
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # Q, K, V of all heads at once
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, layer=0, return_weights=False):
@@ -92,13 +124,14 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
                    for z in self.c_attn(x).split(C, dim=2))
+        mask = None
         if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, nh, S, hs): the cached positions and the T new ones
+            k, v, mask = cache.append(layer, k, v)  # (B, nh, S, hs): the cached positions and the T new ones
         dropout = self.dropout if self.training else 0.0
         if return_weights:
             y, weights = attention(q, k, v, dropout)
         else:
-            y = fast_attention(q, k, v, dropout)
+            y = fast_attention(q, k, v, dropout, mask)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         y = self.resid_dropout(self.c_proj(y))
         return (y, weights) if return_weights else y
@@ -111,9 +144,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU(approximate="tanh")  # the form that GPT-2's weights were trained with
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -152,32 +185,38 @@ class KVCache:
     def __init__(self, config, batch_size, length=None, device=None, dtype=None):
         """length: the capacity in positions, block_size by default; dtype: that of the model's activations."""
         self.capacity = config.block_size if length is None else length
-        shape = config.n_layer, batch_size, config.n_head, self.capacity, config.n_embd // config.n_head
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, nh, capacity, hs)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
+        shape = batch_size, config.n_head, self.capacity, config.n_embd // config.n_head
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]  # (B, nh, capacity, hs)
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.position = torch.zeros(1, dtype=torch.long, device=device)  # `length` for compiled code, see decode_step
 
     @property
     def nbytes(self):
         """Memory taken, in bytes."""
-        return self.k.nbytes + self.v.nbytes
+        return sum(t.nbytes for t in self.k + self.v)
 
     def append(self, layer, k, v):
-        """Stores a layer's k and v (B, nh, T, hs) of T new positions; returns those of all positions so far. The
+        """Stores a layer's k and v (B, nh, T, hs) of T new positions. Returns those of all positions so far and None,
+        or in compiled code those of the whole capacity and a mask of the filled ones: shapes that never change. The
         model moves `length` on when every layer has done so."""
+        keys, values = self.k[layer], self.v[layer]
+        if torch.compiler.is_compiling():
+            keys.index_copy_(2, self.position, k)
+            values.index_copy_(2, self.position, v)
+            return keys, values, (torch.arange(self.capacity, device=k.device) <= self.position).view(1, 1, 1, -1)
         end = self.length + k.size(2)
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        return keys[:, :, :end], values[:, :, :end], None
 
     def repeat(self, n):
         """A cache with every sequence n times, next to each other: (B, ...) -> (B * n, ...)."""
         if n == 1:
             return self
         repeated = object.__new__(KVCache)
-        repeated.capacity, repeated.length = self.capacity, self.length
-        repeated.k = self.k.repeat_interleave(n, dim=1)
-        repeated.v = self.v.repeat_interleave(n, dim=1)
+        repeated.capacity, repeated.length, repeated.position = self.capacity, self.length, self.position
+        repeated.k, repeated.v = ([t.repeat_interleave(n, dim=0) for t in side] for side in (self.k, self.v))
         return repeated
 
 
@@ -194,9 +233,10 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight  # tied (Press & Wolf 2017): a token's input and output vector are one
         self.apply(self._init_weights)
+        self.compiled_step = None  # set by for_inference
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -282,7 +322,36 @@ class GPT(nn.Module):
 
     def decode_one_token(self, token, cache):
         """Reads one more token (B,) -> logits for the next (B, V). Bound by memory: each weight is read once."""
-        return self(token[:, None], cache=cache, last_only=True)[0][:, -1]
+        if self.compiled_step is None:
+            return self(token[:, None], cache=cache, last_only=True)[0][:, -1]
+        cache.position.fill_(cache.length)
+        cache.length += 1
+        return self.compiled_step(token, cache)
+
+    def decode_step(self, token, cache):
+        """decode_one_token for the compiler: `forward` with the position in a tensor, so that one compiled program (on
+        CUDA one graph) serves every position."""
+        x = self.wte(token[:, None]) + self.wpe(cache.position)
+        for layer, block in enumerate(self.h):
+            x = block(x, cache, layer)
+        return self.lm_head(self.ln_f(x))[:, -1]
+
+    def for_inference(self, dtype="float32", compile=False):
+        """Prepares the model, on whatever device it is, for generation: weights in dtype, "float32", "bfloat16", or "int8"
+        for the linear layers' (the rest stays as it is; a row's error is at most 1/254 of its largest weight); with
+        compile, the step for one token is compiled when it is first taken. Returns the model."""
+        on_cuda = self.wte.weight.device.type == "cuda"
+        if dtype != "int8":
+            self.to(getattr(torch, dtype))
+        for module in self.modules():
+            if isinstance(module, Linear) and dtype == "int8":
+                module.quantize()
+            elif isinstance(module, Linear) and dtype == "float32" and not on_cuda and not compile:
+                # Stored by columns, a CPU multiplies one row by it half again as fast; bfloat16 gains nothing.
+                module.weight.data = module.weight.data.t().contiguous().t()
+        if compile:
+            self.compiled_step = torch.compile(self.decode_step, mode="reduce-overhead" if on_cuda else None, dynamic=False)
+        return self
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
                  eos_id=None, num_samples=1, use_cache=True, generator=None):
@@ -319,7 +388,7 @@ class GPT(nn.Module):
             window = idx[:, -block_size:]  # what the model sees of the sequence
             cache = None
             if use_cache:
-                capacity = min(block_size, window.size(1) + max_new_tokens)
+                capacity = min(block_size, -(-(window.size(1) + max_new_tokens) // 64) * 64)  # few sizes to compile for
                 cache = KVCache(self.config, idx.size(0), capacity, idx.device, self.compute_dtype())
             logits = self.prefill(window, cache).repeat_interleave(num_samples, dim=0)
             idx, window = (ids.repeat_interleave(num_samples, dim=0) for ids in (idx, window))

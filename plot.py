@@ -135,8 +135,27 @@ def plot_gradients():
     return fig
 
 
+def plot_kv():
+    """Decoding speed of every variant in the file, for each model, from a prompt of 64 at batch 1."""
+    records = [r for r in read_json() if r["batch"] == 1 and r["prompt"] == 64]
+    names = list(dict.fromkeys(r["model"] for r in records))
+    if not names:
+        raise ValueError(f"{json} has no measurement at batch 1 from a prompt of 64")
+    fig, axes = plt.subplots(len(names), 1, figsize=(8, 0.5 + 0.45 * len(records)), squeeze=False, layout="constrained")
+    for ax, name in zip(axes[:, 0], names):
+        own = sorted((r for r in records if r["model"] == name), key=lambda r: r["tokens_per_second"])
+        labels = [r["peer"] or ("compiled " if r["compile"] else "eager ") + r["dtype"] + ("" if r["use_cache"] else ", no cache")
+                  for r in own]
+        colors = ["C1" if r["peer"] else "C0" if r["use_cache"] else "grey" for r in own]
+        ax.bar_label(ax.barh(labels, [r["tokens_per_second"] for r in own], color=colors), fmt=" %.0f")
+        ax.set_title(name)
+        ax.set_xlabel("tokens a second (batch 1, after a prompt of 64)")
+        ax.margins(x=0.1)
+    return fig
+
+
 try:
-    plots = {"attention": plot_attention, "loss": plot_loss, "gradients": plot_gradients}
+    plots = {"attention": plot_attention, "loss": plot_loss, "gradients": plot_gradients, "kv": plot_kv}
     if what not in plots:
         raise ValueError(f"what must be one of {', '.join(plots)}, got {what!r}")
     path = Path(file or f"{what}.png")

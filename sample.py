@@ -26,7 +26,8 @@ repetition_penalty = 1.0           # above 1 makes tokens that have occurred les
 stop: str | None = None            # a text that ends a sample; it is not shown
 seed = 1337                        # the same seed gives the same text
 device: str | None = None          # cpu, cuda, cuda:1, mps; None: the best there is
-dtype: str | None = None           # float32 or bfloat16; None: bfloat16 on CUDA, else float32
+dtype: str | None = None           # of the weights: float32, bfloat16 or int8; None: bfloat16 on CUDA, else float32
+compile = False                    # compile the step for one token: faster from a few hundred tokens on
 exec((Path(__file__).resolve().parent / "configurator.py").read_text(encoding="utf-8"))
 
 
@@ -67,10 +68,10 @@ def main():
         raise ValueError(f"{init_from} has no tokenizer that is known here (GPT-2's)")
     where = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     precision = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
-    if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be float32 or bfloat16, got {precision!r}")
+    if precision not in ("float32", "bfloat16", "int8"):
+        raise ValueError(f"dtype must be float32, bfloat16 or int8, got {precision!r}")
     try:
-        model.to(device=where, dtype=getattr(torch, precision))
+        model.to(where).for_inference(precision, compile)
     except (RuntimeError, AssertionError) as e:  # torch raises either, depending on the device
         raise ValueError(f"device {where!r} cannot be used: {str(e).splitlines()[0]}") from None
 

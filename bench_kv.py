@@ -1,0 +1,249 @@
+"""What the key-value cache buys in time, and what it costs in memory; and how near decoding comes to the memory's speed.
+
+    python bench_kv.py                                    # the character model and GPT-2 124M, random weights, < 10 minutes
+    python bench_kv.py --model=gpt2 --peers --json=kv.json   # also Hugging Face's generate; figures for plot.py --what=kv
+    python bench_kv.py --model=gpt2 --dtype=bfloat16 --compile=True --prompt=64 --batch=1     # one line of the table
+    python bench_kv.py --out_dir=out                      # a trained model, or --init_from=gpt2
+
+Greedy text of 100 new tokens; the variants take turns, and medians are shown. Exit code 1 if, in float32 and eager mode at
+batch 1, the text differs with and without the cache, or the cache is less than 3 times as fast from a prompt of 64.
+"""
+import copy
+import json as json_format
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from checkpoint import load_model, load_pretrained, save_pretrained
+from model import GPT, GPTConfig, KVCache, Linear
+
+model: str | None = None       # char (10.7M parameters, block 256) or gpt2 (124M, block 1024); None: both
+out_dir: str | None = None     # instead: the model of this run
+init_from: str | None = None   # instead: GPT-2 weights, by name or folder
+dtype: str | None = None       # only float32, bfloat16 or int8
+compile: bool | None = None    # only compiled, or only eager; None: both, if a C++ compiler is there
+prompt: int | None = None      # only this length of the prompt
+batch: int | None = None       # only this batch size
+new_tokens = 100               # tokens to generate
+repeats = 3                    # of each measurement, except for the slow ones
+peers = False                  # also Hugging Face's generate with its cache, in float32
+json: str | None = None        # a file for the figures: a list of records, one a measurement
+device: str | None = None      # cpu or cuda; None: cuda if there is one
+seed = 1337                    # of the weights and prompts
+exec((Path(__file__).resolve().parent / "configurator.py").read_text(encoding="utf-8"))
+
+device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+MODELS = {"char": GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, bias=False),
+          "gpt2": GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)}
+
+
+def clock():
+    """Seconds, after all work on the device is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# --- one measurement ---
+
+def generate(gpt, idx, use_cache=True):
+    """Greedy text -> seconds until the first new token, seconds for each of the others, the new ids (B, n)."""
+    times, tokens, mark = [], [], clock()
+    for token in gpt.stream(idx, new_tokens, temperature=0, use_cache=use_cache):
+        now = clock()
+        times.append(now - mark)
+        tokens.append(token)
+        mark = now
+    return times[0], times[1:], torch.stack(tokens, dim=1)
+
+
+def generate_huggingface(hf, idx):
+    """The same by transformers: the time of one token is that of all less that of a first."""
+    how = dict(do_sample=False, pad_token_id=0, eos_token_id=None, attention_mask=torch.ones_like(idx))
+    start = clock()
+    hf.generate(idx, max_new_tokens=1, **how)
+    first = clock()
+    ids = hf.generate(idx, max_new_tokens=new_tokens, **how)
+    prefill = first - start
+    return prefill, [(clock() - first - prefill) / (new_tokens - 1)] * (new_tokens - 1), ids[:, idx.size(1):]
+
+
+@torch.no_grad()
+def logits_along(gpt, ids, length):
+    """The logits with which the cache predicts each token of ids (1, T) from position `length` on."""
+    cache = KVCache(gpt.config, 1, -(-ids.size(1) // 64) * 64 if gpt.compiled_step else None, device, gpt.compute_dtype())
+    logits = [gpt.prefill(ids[:, :length], cache)]
+    for t in range(length, ids.size(1) - 1):
+        logits.append(gpt.decode_one_token(ids[:, t], cache))
+    return torch.stack(logits, dim=1).float()
+
+
+@torch.no_grad()
+def token_time_at(gpt, position, n=10):
+    """Seconds to decode one token with `position` tokens in the cache: the median of n."""
+    cache = KVCache(gpt.config, 1, None, device, gpt.compute_dtype())
+    gpt.prefill(torch.zeros(1, position, dtype=torch.long, device=device), cache)
+    token, times = torch.zeros(1, dtype=torch.long, device=device), []
+    for _ in range(n):
+        start = clock()
+        gpt.decode_one_token(token, cache)
+        times.append(clock() - start)
+    return statistics.median(times)
+
+
+def memory_bandwidth():
+    """Bytes a second at which this machine reads memory: the sum of 400 MB, the best of ten."""
+    x = torch.ones(100_000_000, device=device)
+    times = []
+    for _ in range(10):
+        start = clock()
+        x.sum()
+        times.append(clock() - start)
+    return x.nbytes / min(times)
+
+
+def weight_bytes(gpt):
+    """Bytes of the matrices that every decoded token reads."""
+    return sum(m.weight.nbytes for m in gpt.modules() if isinstance(m, Linear))
+
+
+# --- all measurements of one model ---
+
+def variants(config):
+    """Yields (dtype, compiled, use_cache, batch, prompt) for what the settings ask for."""
+    long = 512 if config.block_size >= 1024 else 128
+    plan = [("float32", False, use_cache, 1, length) for length in (64, long) for use_cache in (True, False)]
+    plan += [("float32", False, True, 8, 64)] + [(kind, False, True, 1, 64) for kind in ("bfloat16", "int8")]
+    if shutil.which("g++") or shutil.which("c++") or shutil.which("clang++"):
+        plan += [(kind, True, True, 1, 64) for kind in ("float32", "bfloat16", "int8")]
+    elif compile is not False:
+        print("no C++ compiler here (g++, or apt install g++): compiled decoding is left out")
+    if prompt is not None or batch is not None:  # another length or batch than those planned: ask for just that
+        plan = [(d, c, u, batch or b, prompt or p) for d, c, u, b, p in plan]
+    for variant in dict.fromkeys(plan):
+        if dtype in (None, variant[0]) and compile in (None, variant[1]):
+            yield variant
+
+
+def bench(name, gpt, bandwidth):
+    """Measures one model, prints its table, returns its records and whether it passes."""
+    config = gpt.config
+    plan = list(variants(config))
+    longest = max(p for *_, p in plan) + new_tokens
+    if longest > config.block_size:
+        raise ValueError(f"a prompt of {longest - new_tokens} and {new_tokens} new tokens exceed the block_size of {name}, "
+                         f"{config.block_size}; lower --prompt or --new_tokens")
+    print(f"\n{name}: {gpt.num_parameters():,} parameters, block_size {config.block_size}, {device}, "
+          f"{torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s")
+    gpts = {(d, c): copy.deepcopy(gpt).for_inference(d, c) for d, c in {(d, c) for d, c, *_ in plan}}
+    idx = torch.randint(config.vocab_size, (max(b for *_, b, _ in plan), longest), device=device,
+                        generator=torch.Generator(device).manual_seed(seed))
+    runs = {v: lambda v=v: generate(gpts[v[:2]], idx[:v[3], :v[4]], v[2]) for v in plan}
+    if peers:
+        from transformers import GPT2LMHeadModel
+        with tempfile.TemporaryDirectory() as folder:
+            save_pretrained(gpt, None, folder)
+            hf = GPT2LMHeadModel.from_pretrained(folder).to(device).eval()
+        for length in dict.fromkeys(p for *_, p in plan):
+            runs["huggingface", length] = lambda length=length: generate_huggingface(hf, idx[:1, :length])
+
+    compiled = {v: runs[v]()[1][0] for v in plan if v[1]}  # the first token's time, which holds the compilation
+    results = {v: [] for v in runs}
+    for turn in range(repeats):
+        for v, run in runs.items():
+            if turn == 0 or "huggingface" in v or v[2]:  # without the cache: once
+                results[v].append(run())
+
+    records, total = [], {}
+    print(f"\n{'':<12}{'dtype':<10}{'mode':<10}{'cache':<7}{'batch':<7}{'prompt':<8}{'prefill s':<11}{'decode s':<10}"
+          f"{'tokens/s':<10}{'of memory':<11}{'compile s':<10}")
+    for v, runs_of_v in results.items():
+        peer, (kind, is_compiled, use_cache, rows, length) = (
+            ("huggingface", ("float32", False, True, 1, v[1])) if "huggingface" in v else (None, v))
+        prefill = statistics.median(r[0] for r in runs_of_v)
+        decode = statistics.median(sum(r[1]) for r in runs_of_v)
+        total[v] = prefill + decode
+        speed = rows * (new_tokens - 1) / decode
+        read = None if peer or not use_cache else (weight_bytes(gpts[v[:2]]) * (new_tokens - 1) / decode) / bandwidth
+        records.append({"model": name, "peer": peer, "dtype": kind, "compile": is_compiled, "use_cache": use_cache,
+                        "batch": rows, "prompt": length, "new_tokens": new_tokens, "tokens_per_second": speed,
+                        "prefill_seconds": prefill, "decode_seconds": decode, "compile_seconds": compiled.get(v),
+                        "share_of_bandwidth": read, "device": device})
+        print(f"{peer or 'ours':<12}{kind:<10}{'compiled' if is_compiled else 'eager':<10}{'yes' if use_cache else 'no':<7}"
+              f"{rows:<7}{length:<8}{prefill:<11.3f}{decode:<10.2f}{speed:<10.1f}{f'{read:.0%}' if read else '':<11}"
+              f"{f'{compiled[v]:.0f}' if v in compiled else '':<10}", flush=True)
+
+    return records, report(config, gpts, plan, results, total, idx)
+
+
+def report(config, gpts, plan, results, total, idx):
+    """Prints what the table does not show; returns whether text and speed-up are as they must be."""
+    good, eager = True, ("float32", False)
+    for length in dict.fromkeys(p for *_, p in plan):
+        cached, uncached = ((*eager, use_cache, 1, length) for use_cache in (True, False))
+        if cached in total and uncached in total:
+            same = torch.equal(results[cached][0][2], results[uncached][0][2])
+            ratio = total[uncached] / total[cached]
+            good &= same and (length != 64 or new_tokens < 100 or ratio >= 3)
+            print(f"\nfloat32, eager, prompt {length}: {new_tokens} tokens {ratio:.1f} times as fast with the cache, "
+                  f"{'the same text' if same else 'BUT THE TEXT DIFFERS'}")
+    if eager in gpts:
+        gpt, early, late = gpts[eager], min(50, config.block_size // 4), config.block_size - 24
+        times = [[token_time_at(gpt, position) for position in (early, late)] for _ in range(repeats)]
+        early_time, late_time = (statistics.median(t) for t in zip(*times))
+        print(f"time for a token at position {early}: {early_time * 1e3:.1f} ms; at {late}: {late_time * 1e3:.1f} ms "
+              f"({late_time / early_time:.2f} times)")
+        cache = KVCache(config, 1, None, device, torch.float32)
+        formula = 2 * config.n_layer * config.block_size * config.n_embd * 4
+        print(f"cache for a whole context, float32, batch 1: {cache.nbytes:,} bytes measured, {formula:,} by "
+              f"2 * n_layer * B * length * n_embd * bytes")
+    reference = plan[0]
+    ids = torch.cat((idx[:1, :reference[4]], results[reference][0][2][:1]), dim=1)
+    with torch.no_grad():
+        exact = gpts[reference[:2]](ids)[0][:, reference[4] - 1:-1].float()
+    for key, gpt in sorted(gpts.items()):
+        logits = logits_along(gpt, ids, reference[4])
+        print(f"{key[0]}, {'compiled' if key[1] else 'eager'}, with the cache, against a full forward pass in {reference[0]}: "
+              f"logits differ by at most {(logits - exact).abs().max():.1e} (the largest is {exact.abs().max():.1f}), "
+              f"{(logits.argmax(-1) == exact.argmax(-1)).float().mean():.0%} of the next tokens are the same")
+    return good
+
+
+def main():
+    """Runs the measurements that the settings ask for; returns the exit code."""
+    if model is not None and model not in MODELS:
+        raise ValueError(f"model must be char or gpt2, got {model!r}")
+    if dtype not in (None, "float32", "bfloat16", "int8"):
+        raise ValueError(f"dtype must be float32, bfloat16 or int8, got {dtype!r}")
+    if new_tokens < 4 or repeats < 1:
+        raise ValueError(f"new_tokens must be at least 4 and repeats at least 1, got {new_tokens} and {repeats}")
+    if peers:
+        try:
+            import transformers
+        except ImportError:
+            raise ValueError("--peers needs: pip install transformers safetensors") from None
+    torch.manual_seed(seed)
+    if init_from or out_dir:
+        gpts = {init_from or out_dir: load_pretrained(init_from)[0] if init_from else load_model(out_dir)[0]}
+    else:
+        gpts = {name: GPT(config) for name, config in MODELS.items() if model in (None, name)}
+    bandwidth, records, good = memory_bandwidth(), [], True
+    for name, gpt in gpts.items():
+        found, passed = bench(name, gpt.to(device).eval(), bandwidth)
+        records, good = records + found, good and passed
+    if json:
+        temporary = Path(json + ".tmp")
+        temporary.write_text(json_format.dumps(records, indent=1))
+        temporary.replace(json)
+    return 0 if good else 1
+
+
+try:
+    sys.exit(main())
+except (ValueError, RuntimeError, OSError) as e:
+    sys.exit(f"error: {e}")
