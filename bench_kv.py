@@ -76,7 +76,7 @@ def generate_huggingface(hf, idx):
 @torch.no_grad()
 def logits_along(gpt, ids, length):
     """The logits with which the cache predicts each token of ids (1, T) from position `length` on."""
-    cache = KVCache(gpt.config, 1, -(-ids.size(1) // 64) * 64 if gpt.compiled_step else None, device, gpt.compute_dtype())
+    cache = KVCache(gpt.config, 1, None, device, gpt.compute_dtype())
     logits = [gpt.prefill(ids[:, :length], cache)]
     for t in range(length, ids.size(1) - 1):
         logits.append(gpt.decode_one_token(ids[:, t], cache))
@@ -152,6 +152,7 @@ def bench(name, gpt, bandwidth):
         for length in dict.fromkeys(p for *_, p in plan):
             runs["huggingface", length] = lambda length=length: generate_huggingface(hf, idx[:1, :length])
 
+    torch.compiler.reset()  # drop what was compiled for the model before
     compiled = {v: runs[v]()[1][0] for v in plan if v[1]}  # the first token's time, which holds the compilation
     results = {v: [] for v in runs}
     for turn in range(repeats):

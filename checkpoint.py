@@ -55,8 +55,8 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as e:  # torch.load raises many kinds for a file that is cut short, or not its own, or unsafe
-        raise ValueError(f"{path} cannot be read as a checkpoint ({_first_line(e)}); delete it or restore a copy") from None
+    except Exception:  # torch.load raises many kinds for a file that is cut short, or not its own, or unsafe
+        raise ValueError(f"{path} cannot be read: it is damaged or not a checkpoint; delete it or restore a copy") from None
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has checkpoint format {version}, this program reads {FORMAT_VERSION}; train anew")

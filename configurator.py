@@ -29,8 +29,9 @@ def _read_knobs(script):
         for token in tokenize.tokenize(f.readline):
             if token.type == tokenize.COMMENT:
                 comments[token.start[0]] = token.string.lstrip("# ")
-    knobs, help_lines, last_line = {}, [], 0
+    knobs, help_lines, last_line, line_before = {}, [], 0, 0
     for node in tree.body:
+        line_before, last_line = last_line, node.end_lineno
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):  # the exec of this file: knobs end here
             break
         if isinstance(node, ast.AnnAssign):
@@ -43,11 +44,10 @@ def _read_knobs(script):
         if kinds[0] not in ("int", "float", "str", "bool") or not name.islower():  # CONSTANTS are not knobs
             continue
         knobs[name] = {"int": int, "float": float, "str": str, "bool": bool}[kinds[0]], "None" in kinds
-        headings = [comments[n] for n in range(last_line + 1, node.lineno) if n in comments] if last_line else []
+        headings = [comments[n] for n in range(line_before + 1, node.lineno) if n in comments]
         help_lines += [""] + headings if headings else []
         shown = f"--{name}={ast.unparse(node.value)}"
         help_lines.append(f"  {shown:<32} {kinds[0]:<5}  {comments.get(node.end_lineno, '')}")
-        last_line = node.end_lineno
     return ast.get_docstring(tree), help_lines, knobs
 
 
@@ -58,7 +58,8 @@ def _checked(name, value, knobs, where):
         hint = f"; did you mean {near[0]}?" if near else "; --help lists them all"
         sys.exit(f"error: unknown setting {name!r} {where}{hint}")
     kind, optional = knobs[name]
-    expected = f"error: {name} expects {kind.__name__}{' or None' if optional else ''}, got {value!r} {where}"
+    expected = f"error: {name} expects {'True or False' if kind is bool else kind.__name__}{' or None' if optional else ''}"
+    expected += f", got {value!r} {where}"
     if optional and (value is None or (value == "None" and where == "on the command line")):
         return None
     if where == "on the command line" and kind is not str:

@@ -87,7 +87,7 @@ def attention(q, k, v, dropout=0.0):
     # -inf before the softmax becomes a weight of exactly 0 and leaves the others summing to 1.
     scores = scores.masked_fill(~causal_mask(T, S, q.device), float("-inf"))
     weights = F.softmax(scores, dim=-1)
-    return F.dropout(weights, dropout) @ v, weights
+    return F.dropout(weights, dropout) @ v, weights  # dropout is 0.0 outside training
 
 
 def fast_attention(q, k, v, dropout=0.0, mask=None):
@@ -156,10 +156,10 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer. The residual stream x passes through untouched; attention and MLP read a normalised copy of it and
-    add what they found. This Pre-LN order keeps an identity path from the loss to every block, so gradients arrive
-    unscaled at any depth. In the Post-LN of 2017, norm(x + f(x)), each layer rescales the stream, and deep models
+    add what they found. This Pre-LN order keeps an identity path from the loss to every block, which no layer rescales,
+    so gradients arrive at any depth (verify_gradients.py shows it). In the Post-LN of 2017, norm(x + f(x)), each layer rescales the stream, and deep models
     train only with a careful warmup (Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture").
-    For the same reason dropout acts on what is added, never on the stream after the addition."""
+    For the same reason dropout acts on what is added, embeddings included, never on the stream after an addition."""
 
     def __init__(self, config):
         super().__init__()
@@ -243,7 +243,7 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, Block):
+        if isinstance(module, Block):  # `apply` comes to a block after its parts, so this overrides the above
             # 2 * n_layer projections add to the stream: scaled so, their sum's variance does not grow with depth.
             for projection in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -297,7 +297,7 @@ class GPT(nn.Module):
         was_training = self.training
         self.eval()
         x, maps = self.wte(idx) + self.wpe.weight[:idx.size(1)], []
-        for block in self.h:
+        for block in self.h:  # each block's attention is computed twice, once with its weights kept: simple, and seldom used
             maps.append(block.attn(block.ln_1(x), return_weights=True)[1])
             x = block(x)
         self.train(was_training)
@@ -363,14 +363,15 @@ class GPT(nn.Module):
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
                eos_id=None, num_samples=1, use_cache=True, generator=None):
-        """Yields the new ids of each step, (B * num_samples,): rows r * num_samples and on continue row r of
-        idx (B, T). Stops after max_new_tokens, or when every row has produced eos_id; rows that have are padded
+        """Yields the new ids of each step, (B * num_samples,): the first num_samples of them continue the first row of
+        idx (B, T), the next the second, and so on. Stops after max_new_tokens, or when every row has produced eos_id; rows that have are padded
         with it. temperature 0 takes the likeliest token. use_cache=False re-encodes everything at every step: slow,
         the reference. ValueError for an argument out of range or an id outside the vocabulary."""
         check_sampling(temperature, top_k, top_p, repetition_penalty)
-        if max_new_tokens < 0 or num_samples < 1:
-            raise ValueError("max_new_tokens must be at least 0 and num_samples at least 1, "
-                             f"got {max_new_tokens} and {num_samples}")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         if idx.dim() != 2 or idx.numel() == 0:
             raise ValueError(f"expected a prompt of shape (B, T) with T at least 1, got {tuple(idx.shape)}")
         if not 0 <= int(idx.min()) <= int(idx.max()) < self.config.vocab_size:
@@ -388,11 +389,16 @@ class GPT(nn.Module):
             window = idx[:, -block_size:]  # what the model sees of the sequence
             cache = None
             if use_cache:
-                capacity = min(block_size, -(-(window.size(1) + max_new_tokens) // 64) * 64)  # few sizes to compile for
+                capacity = window.size(1) + max_new_tokens
+                if self.compiled_step is not None:
+                    capacity = 2 ** math.ceil(math.log2(capacity))  # few sizes, since each is compiled for
+                capacity = min(block_size, capacity)
                 cache = KVCache(self.config, idx.size(0), capacity, idx.device, self.compute_dtype())
             logits = self.prefill(window, cache).repeat_interleave(num_samples, dim=0)
-            idx, window = (ids.repeat_interleave(num_samples, dim=0) for ids in (idx, window))
-            cache = cache and cache.repeat(num_samples)  # the prompt was read once, whatever the number of samples
+            idx = idx.repeat_interleave(num_samples, dim=0)
+            window = window.repeat_interleave(num_samples, dim=0)
+            if use_cache:
+                cache = cache.repeat(num_samples)  # the prompt was read once, whatever the number of samples
             done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
             for step in range(max_new_tokens):
                 token = sample(logits, idx, *sampling)  # (B,)
@@ -424,7 +430,7 @@ class GPT(nn.Module):
         return weight.dtype
 
 
-# --- sampling: a chain of functions on logits (B, V), each as Hugging Face's logits processor of that name has it ---
+# --- sampling: a chain of functions on logits (B, V), each defined as Hugging Face's logits processor for the purpose ---
 
 def check_sampling(temperature, top_k, top_p, repetition_penalty):
     """ValueError if an argument is out of its range."""

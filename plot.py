@@ -38,7 +38,7 @@ import matplotlib.pyplot as plt
 
 def visible(token):
     """A token as a label: white space becomes a sign."""
-    return token.replace("\n", "\\n").replace(" ", "\u2423") or "?"
+    return token.replace("\n", "\\n").replace(" ", "\u00b7") or "?"
 
 
 def draw_head(ax, weights, tokens, labels):
@@ -47,7 +47,7 @@ def draw_head(ax, weights, tokens, labels):
     image = ax.imshow(weights.masked_fill(hidden, math.nan), cmap="viridis", vmin=0, vmax=1)
     ax.set_facecolor("lightgrey")
     ticks = range(len(tokens)) if labels else []
-    ax.set_xticks(ticks, tokens if labels else [], rotation=90 if max(map(len, tokens)) > 1 else 0)
+    ax.set_xticks(ticks, tokens if labels else [], rotation=90 if max(map(len, tokens)) > 2 else 0)
     ax.set_yticks(ticks, tokens if labels else [])
     ax.tick_params(length=0)
     return image
@@ -76,8 +76,8 @@ def plot_attention():
             image = draw_head(ax, maps[i, j], tokens, labels=len(ids) <= 40)
             ax.set_title(f"layer {i}, head {j}", fontsize="medium")
     fig.supylabel("the position that looks")
-    fig.supxlabel("the position looked at")
-    fig.colorbar(image, ax=axes, shrink=0.6, label="attention weight (each row sums to 1; grey: hidden by the causal mask)")
+    fig.supxlabel("the position looked at (grey: hidden by the causal mask)")
+    fig.colorbar(image, ax=axes, shrink=0.6, label="attention weight")
     return fig
 
 
@@ -98,9 +98,10 @@ def plot_loss():
                 label=f"{folder}: each batch")
         for kind, style in (("train", "--"), ("val", "-")):
             points = [(float(r[column]), float(r[f"{kind}_loss"])) for r in rows if r[f"{kind}_loss"]]
-            ax.plot(*zip(*points), style, color=color, marker=".", label=f"{folder}: {'training' if kind == 'train' else 'validation'}")
             if points:
-                ax.annotate(f"{points[-1][1]:.3f}", points[-1], textcoords="offset points", xytext=(4, 4), color=color)
+                name = "training" if kind == "train" else "validation"
+                ax.plot(*zip(*points), style, color=color, marker="o" if kind == "val" else "x",
+                        label=f"{folder}: {name}, at the end {points[-1][1]:.3f}")
     ax.set_xlabel("steps" if x == "steps" else "seconds of training")
     ax.set_ylabel("loss (nats per token)")
     ax.grid(alpha=0.3)

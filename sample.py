@@ -65,7 +65,8 @@ def main():
     """Loads the model, generates, prints."""
     model, tok = load_model(out_dir)[:2] if init_from == "resume" else load_pretrained(init_from)
     if tok is None:
-        raise ValueError(f"{init_from} has no tokenizer that is known here (GPT-2's)")
+        raise ValueError(f"{init_from} has no tokenizer that is known here (GPT-2's); a character model can be sampled from "
+                         "its run's folder, with --out_dir")
     where = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     precision = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
     if precision not in ("float32", "bfloat16", "int8"):
@@ -77,10 +78,14 @@ def main():
 
     prompt = start
     if start.startswith("FILE:"):
-        prompt = Path(start[5:]).read_text(encoding="utf-8")
+        try:
+            prompt = Path(start[5:]).read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{start[5:]} is not UTF-8 at byte {e.start}; convert it first, for example with iconv") from None
     ids = tok.encode(prompt) if prompt else [tok.eot] if tok.eot is not None else []
     if not ids:
-        raise ValueError("--start is empty, and this model has no end-of-text token to begin with; give some text")
+        raise ValueError(f"{'the file' if start else '--start'} is empty, and this model has no end-of-text token to begin "
+                         "with; give some text")
     if len(ids) > model.config.block_size:
         print(f"the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}", file=sys.stderr)
 

@@ -2,13 +2,14 @@
 
     python train.py config/train_shakespeare_char.py             # a recipe
     python train.py config/quick.py --dropout=0.1 --max_iters=300     # a recipe with other settings
-    python train.py --dataset=mine --n_layer=4 --n_embd=128      # your own text, once prepare.py has read it
+    python train.py --dataset=mine --n_layer=4 --n_head=4 --n_embd=128   # your own text, once prepare.py has read it
     python train.py --init_from=resume                           # go on where the run in out/ stopped
 
 Leaves out/latest.pt (to resume), out/best.pt (the lowest validation loss, to sample) and out/log.csv.
 """
 import contextlib
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -33,7 +34,7 @@ seed = 1337                        # the run's every random choice follows from 
 # data
 dataset = "shakespeare_char"       # a folder in data/, made by prepare.py
 batch_size = 12                    # sequences in one forward and backward pass
-gradient_accumulation_steps = 1    # passes in one optimizer step; times batch_size, over all processes, are its rows
+gradient_accumulation_steps = 1    # passes in one optimizer step, which sees this many times batch_size sequences
 block_size = 64                    # tokens in a sequence
 # model
 n_layer = 6                        # blocks
@@ -46,7 +47,7 @@ optimizer = "adamw"                # adamw, or muon: Muon for the blocks' matric
 max_iters = 5000                   # optimizer steps
 learning_rate = 1e-3               # AdamW's peak
 muon_learning_rate = 0.02          # Muon's peak
-min_lr: float | None = None        # the learning rate at the end; None: a tenth of learning_rate. Muon's falls alike
+min_lr: float | None = None        # the learning rate at the end; None: a tenth of learning_rate. Muon's falls by the same factor
 warmup_iters: int | None = None    # steps in which the rate rises to its peak; None: a tenth of max_iters
 weight_decay = 0.1                 # on matrices; biases and norms have none
 beta1 = 0.9                        # AdamW's decay of the gradient's mean
@@ -55,14 +56,15 @@ grad_clip = 1.0                    # largest norm of the gradient; 0.0: no clipp
 # evaluation, log and checkpoints
 eval_interval = 250                # steps between evaluations; there is one after the last step in any case
 eval_tokens = 2_000_000            # tokens of each split that an evaluation reads, at most
-eval_only = False                  # evaluate the model once and stop; nothing is written
-patience: int | None = None        # stop after this many evaluations without a lower validation loss; None: never
+eval_only = False                  # evaluate the model once and stop; no log, no checkpoint
+patience: int | None = None        # stop after this many evaluations (at least 1) without a lower validation loss; None: never
 log_interval = 10                  # steps between lines of the log
 checkpoint_interval = 250          # steps between checkpoints; there is one after the last step in any case
 # machine
 device: str | None = None          # cpu, cuda, cuda:1, mps; None: the best there is
 dtype: str | None = None           # of matrix products: float32, bfloat16, float16; None: bfloat16 where it is fast
-compile: bool | None = None        # torch.compile the model; None: on CUDA, if a compiler is there
+compile: bool | None = None        # torch.compile the model; None: on CUDA, if its compiler, triton, is there
+# The rest of this file reads these names, `config` (all of them) and `overrides` (those that this call names).
 exec((Path(__file__).resolve().parent / "configurator.py").read_text(encoding="utf-8"))
 
 # --- stopping: on SIGINT or SIGTERM the step in progress ends, a checkpoint is saved, and the program exits ---
@@ -72,6 +74,8 @@ stop_signal = 0
 
 def request_stop(signum, frame):
     """Notes the signal; a second one ends the program at once."""
+    if rank == 0:
+        os.write(2, b"finishing the step and saving; once more to quit at once, without saving\n")
     global stop_signal
     stop_signal = signum
     signal.signal(signum, signal.SIG_DFL)
@@ -119,9 +123,9 @@ if init_from == "resume" and (out / "latest.pt").exists():
         checkpoint = load_checkpoint(out / "latest.pt")
     except ValueError as e:
         leave(e)
-    config |= {k: v for k, v in checkpoint["config"].items() if k in config and k not in overrides}
-    config |= {"init_from": init_from, "out_dir": out_dir}
-    globals().update({k: v for k, v in config.items() if k != "device" or not distributed})
+    here = {"init_from", "out_dir"} | ({"device"} if distributed else set())  # of this call, not of the checkpoint
+    config |= {k: v for k, v in checkpoint["config"].items() if k in config and k not in overrides and k not in here}
+    globals().update({k: v for k, v in config.items() if k not in here})
 elif init_from == "resume":
     say(f"no latest.pt in {out_dir}: starting from scratch")
 
@@ -131,7 +135,8 @@ raw_model = None
 if init_from not in ("scratch", "resume"):
     try:
         raw_model, pretrained_tokenizer = load_pretrained(init_from)
-        raw_model.crop_block_size(block_size if "block_size" in overrides else raw_model.config.block_size)
+        if "block_size" in overrides:
+            raw_model.crop_block_size(block_size)
     except (ValueError, RuntimeError) as e:
         leave(e)
     shape = {k: getattr(raw_model.config, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
@@ -150,6 +155,10 @@ for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_int
 for name in ("seed", "weight_decay", "grad_clip", "min_lr", "warmup_iters", "patience"):
     if config[name] is not None and not 0 <= config[name] < math.inf:
         leave(f"{name} must be at least 0, got {config[name]}")
+if min_lr is not None and min_lr > learning_rate:
+    leave(f"min_lr ({min_lr}) must not be above learning_rate ({learning_rate})")
+if out.exists() and not out.is_dir():
+    leave(f"out_dir {out_dir} is a file; name a folder")
 if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
     leave(f"beta1 and beta2 must be in [0, 1), got {beta1} and {beta2}")
 if device is None:
@@ -177,7 +186,10 @@ if not (data_dir / "meta.json").exists() and rank == 0:
         sys.exit(128 + stop_signal if stop_signal else prepare.returncode)
 if distributed:
     torch.distributed.barrier()
-meta = json.loads((data_dir / "meta.json").read_text())
+try:
+    meta = json.loads((data_dir / "meta.json").read_text())
+except ValueError:
+    leave(f"{data_dir / 'meta.json'} is damaged; run prepare.py again")
 train_data, val_data = (np.memmap(data_dir / f"{split}.bin", dtype=np.dtype(meta["dtype"]).newbyteorder("<"), mode="r")
                         for split in ("train", "val"))
 if (len(train_data), len(val_data)) != (meta["train_tokens"], meta["val_tokens"]):
@@ -186,6 +198,7 @@ if len(train_data) <= block_size:
     leave(f"the training split of {dataset} has {len(train_data)} tokens, too few for a block_size of {block_size}; "
           "lower --block_size or add text")
 
+# Processes share the passes of a step if they can, else the sequences of each pass.
 rows = batch_size * gradient_accumulation_steps  # sequences in one optimizer step, over all processes
 if gradient_accumulation_steps % world == 0:
     micro_steps, micro_rows = gradient_accumulation_steps // world, batch_size
@@ -219,13 +232,13 @@ def get_batch(step):
 model_args = dict(block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                   dropout=dropout, bias=bias)
 if checkpoint:
+    if checkpoint["tokenizer"] != meta["tokenizer"]:
+        leave(f"cannot resume on {dataset}: its tokenizer is not the checkpoint's; start from scratch")
     changed = [k for k, v in checkpoint["model_args"].items() if k != "dropout" and model_args[k] != v]
     if changed:
         k = changed[0]
         leave(f"cannot resume with {k}={model_args[k]}: the checkpoint has {checkpoint['model_args'][k]}; "
               "leave it as it was, or start from scratch")
-    if checkpoint["tokenizer"] != meta["tokenizer"]:
-        leave(f"cannot resume on {dataset}: its tokenizer is not the checkpoint's; start from scratch")
 torch.manual_seed(seed)
 try:
     if raw_model is None:
@@ -244,7 +257,9 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")  # keeps 
 autocast = torch.autocast(device_type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
 
 if compile is None:
-    compile = device_type == "cuda"
+    compile = device_type == "cuda" and importlib.util.find_spec("triton") is not None
+    if device_type == "cuda" and not compile:
+        say("triton is not installed: running without torch.compile, which is slower")
 model = torch.compile(raw_model) if compile else raw_model
 if distributed:
     model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None)
@@ -261,7 +276,8 @@ def evaluate(data, even=False):
     starts = np.linspace(0, len(data) - T - 1, n).astype(np.int64) if even else np.arange(n) * T
     starts = starts[rank::world]
     raw_model.eval()
-    at_once = max(micro_rows, min(8192, 2 ** 26 // meta["vocab_size"]) // T)  # rows: what fits in little memory
+    # Rows at once: so many that their logits, the largest tensor, stay under 2^26 numbers, but no fewer than in training.
+    at_once = max(micro_rows, min(8192, 2 ** 26 // meta["vocab_size"]) // T)
     loss_sum = 0.0
     for i in range(0, len(starts), at_once):
         x, y = to_device(data[starts[i:i + at_once, None] + np.arange(T + 1)])
@@ -337,6 +353,11 @@ def log(**row):
             csv.DictWriter(f, COLUMNS).writerow({k: f"{v:.12g}" for k, v in row.items()})
 
 
+def what_is_left():
+    """For an error: what there is to go on from."""
+    return "the last good checkpoint stays as it is" if (out / "latest.pt").exists() else "there is no checkpoint yet"
+
+
 def clock(s):
     """Seconds -> h:mm:ss, without the hours if there are none."""
     s = round(s)
@@ -347,7 +368,8 @@ def clock(s):
 
 warmup = max_iters // 10 if warmup_iters is None else warmup_iters
 min_ratio = 0.1 if min_lr is None else min_lr / learning_rate
-mark, logged_at, logged_seconds, loss_now = time.perf_counter(), iter_num, seconds, None
+start_iter, start_seconds, loss_now = iter_num, seconds, None
+mark, logged_at, logged_seconds = time.perf_counter(), iter_num, seconds
 while iter_num < max_iters and not stop_signal:
     # The schedule scales every group's peak rate alike.
     scale = schedule(iter_num, warmup, max_iters, min_ratio)
@@ -355,7 +377,7 @@ while iter_num < max_iters and not stop_signal:
         for group in o.param_groups:
             group["lr"] = peak * scale
 
-    # Dropout's masks depend on the step alone, not on how the run came here: so it can be resumed exactly.
+    # Dropout's masks depend on the seed, the step and the process, not on how the run came here: it resumes exactly.
     torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, rank)).generate_state(1)[0]))
     x, y = get_batch(iter_num)
     loss_sum = torch.zeros((), device=device)
@@ -382,13 +404,12 @@ while iter_num < max_iters and not stop_signal:
         now = time.perf_counter()
         seconds, mark = seconds + now - mark, now
         speed = (iter_num - logged_at) * rows * block_size / (seconds - logged_seconds)
-        left = (max_iters - iter_num) * (seconds - logged_seconds) / (iter_num - logged_at)
+        left = (max_iters - iter_num) * (seconds - start_seconds) / (iter_num - start_iter)
         say(f"step {iter_num}/{max_iters}  loss {loss_now:.4f}  lr {learning_rate * scale:.2e}  "
             f"grad norm {grad_norm.item():.3f}  {speed:,.0f} tokens/s  {clock(left)} left")
         logged_at, logged_seconds = iter_num, seconds
         if not math.isfinite(loss_now):
-            leave(f"the loss is {loss_now} at step {iter_num}; the last good checkpoint stays as it is; "
-                  "try a lower learning rate")
+            leave(f"the loss is {loss_now} at step {iter_num}; {what_is_left()}; try a lower learning rate")
         row = dict(iter=iter_num, tokens=iter_num * rows * block_size, seconds=seconds, loss=loss_now,
                    lr=learning_rate * scale, grad_norm=grad_norm.item(), tokens_per_second=speed)
         if evaluating:
@@ -398,8 +419,7 @@ while iter_num < max_iters and not stop_signal:
             say(f"step {iter_num}/{max_iters}  train loss {row['train_loss']:.4f}  "
                 f"validation loss {row['val_loss']:.4f}{', the lowest so far' if improved else ''}")
             if not math.isfinite(row["train_loss"] + row["val_loss"]):
-                leave(f"the evaluation at step {iter_num} is not finite; the last good checkpoint stays as it is; "
-                      "try a lower learning rate")
+                leave(f"the evaluation at step {iter_num} is not finite; {what_is_left()}; try a lower learning rate")
             if improved:
                 best_val_loss = row["val_loss"]
                 save(out / "best.pt", with_optimizer=False)
@@ -409,8 +429,7 @@ while iter_num < max_iters and not stop_signal:
     stop_signal = int(over_processes(stop_signal, "MAX"))
     if iter_num % checkpoint_interval == 0 or last or stopping or stop_signal:
         if not math.isfinite(over_processes(loss_sum.item())):
-            leave(f"the loss at step {iter_num} is not finite; the last good checkpoint stays as it is; "
-                  "try a lower learning rate")
+            leave(f"the loss at step {iter_num} is not finite; {what_is_left()}; try a lower learning rate")
         seconds += time.perf_counter() - mark
         save(out / "latest.pt")
         mark = time.perf_counter()
@@ -420,11 +439,12 @@ while iter_num < max_iters and not stop_signal:
 
 if distributed:
     torch.distributed.destroy_process_group()
+where = "" if out_dir == "out" else f" --out_dir={out_dir}"
 if stop_signal:
-    say(f"stopped by signal {stop_signal} after step {iter_num}; go on with --init_from=resume")
+    say(f"stopped by signal {stop_signal} after step {iter_num}; go on with: python train.py --init_from=resume{where}")
     sys.exit(128 + stop_signal)
 if loss_now is None:
-    say(f"nothing to do: the run already has its {max_iters} steps; raise --max_iters to go on")
+    say(f"nothing to do: the run has {iter_num} steps already, and max_iters is {max_iters}; raise --max_iters to go on")
 else:
     say(f"done in {clock(seconds)} of training, lowest validation loss {best_val_loss:.4f}; "
-        f"next: python sample.py{'' if out_dir == 'out' else f' --out_dir={out_dir}'}")
+        f"next: python sample.py{where}")

@@ -18,7 +18,7 @@ from model import GPT, Block, GPTConfig
 
 json: str | None = None    # a file for the figures: a list of records, one a block
 steps = 50                 # training steps between the two looks
-seed = 1337
+seed = 1337                # of the weights
 exec((Path(__file__).resolve().parent / "configurator.py").read_text(encoding="utf-8"))
 
 DEPTHS = 6, 12, 24

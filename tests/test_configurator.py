@@ -3,6 +3,7 @@ import pytest
 SCRIPT = '''"""What it does."""
 from pathlib import Path
 
+# first group
 name = "x"                  # a word
 size = 3                    # a number
 # second group
@@ -48,7 +49,7 @@ def test_torchrun_speaks_once(script):
 
 def test_help_is_read_from_the_source(script):
     printed = script.run("script.py", "--help")
-    for line in ("What it does.", "--name='x'", "a word", "second group", "--limit=None", "none by default"):
+    for line in ("What it does.", "--name='x'", "a word", "first group", "second group", "--limit=None", "none by default"):
         assert line in printed
     assert "not_a_knob" not in printed
 
@@ -60,7 +61,7 @@ def test_help_is_read_from_the_source(script):
     (["--size=2.5"], ["size expects int", "2.5"]),
     (["--size=None"], ["size expects int"]),
     (["--rate=fast"], ["rate expects float", "fast"]),
-    (["--flag=yes"], ["flag expects bool", "yes"]),
+    (["--flag=yes"], ["flag expects True or False", "yes"]),
     (["--limit=x"], ["limit expects int or None"]),
     (["--size"], ["--size needs a value"]),
     (["--name", "--size=1"], ["--name needs a value"]),
@@ -74,7 +75,7 @@ def test_errors(script, arguments, words):
 @pytest.mark.parametrize("source, words", [
     ("sise = 3", ["unknown setting 'sise' in config/bad.py", "did you mean size?"]),
     ("size = 'three'", ["size expects int", "'three'"]),
-    ("flag = 1", ["flag expects bool"]),
+    ("flag = 1", ["flag expects True or False"]),
     ("size = 3\nrate = 1 / 0", ["config/bad.py, line 2", "ZeroDivisionError"]),
     ("size = 3\n\nrate = = 1", ["config/bad.py, line 3", "SyntaxError"]),
 ])
