@@ -52,7 +52,10 @@ def clock():
 # --- one measurement ---
 
 def generate(gpt, idx, use_cache=True):
-    """Greedy text -> seconds until the first new token, seconds for each of the others, the new ids (B, n)."""
+    """Greedy text, after a short one to warm up -> seconds until the first new token, seconds for each of the others, the
+    new ids (B, n)."""
+    if use_cache:  # weights that have lain idle come slowly the first time
+        gpt.generate(idx, 2, temperature=0)
     times, tokens, mark = [], [], clock()
     for token in gpt.stream(idx, new_tokens, temperature=0, use_cache=use_cache):
         now = clock()
@@ -63,8 +66,9 @@ def generate(gpt, idx, use_cache=True):
 
 
 def generate_huggingface(hf, idx):
-    """The same by transformers: the time of one token is that of all less that of a first."""
+    """The same by transformers: one token alone to warm up and for the time until the first, then all."""
     how = dict(do_sample=False, pad_token_id=0, eos_token_id=None, attention_mask=torch.ones_like(idx))
+    hf.generate(idx, max_new_tokens=2, **how)
     start = clock()
     hf.generate(idx, max_new_tokens=1, **how)
     first = clock()
@@ -153,7 +157,12 @@ def bench(name, gpt, bandwidth):
             runs["huggingface", length] = lambda length=length: generate_huggingface(hf, idx[:1, :length])
 
     torch.compiler.reset()  # drop what was compiled for the model before
-    compiled = {v: runs[v]()[1][0] for v in plan if v[1]}  # the first token's time, which holds the compilation
+    compiled = {}  # seconds of a first text, less those of a later one: the compiler's
+    for v in plan:
+        if v[1]:
+            start = clock()
+            list(gpts[v[:2]].stream(idx[:v[3], :v[4]], new_tokens, temperature=0))
+            compiled[v] = clock() - start
     results = {v: [] for v in runs}
     for turn in range(repeats):
         for v, run in runs.items():
@@ -169,6 +178,8 @@ def bench(name, gpt, bandwidth):
         prefill = statistics.median(r[0] for r in runs_of_v)
         decode = statistics.median(sum(r[1]) for r in runs_of_v)
         total[v] = prefill + decode
+        if v in compiled:
+            compiled[v] -= total[v]
         speed = rows * (new_tokens - 1) / decode
         read = None if peer or not use_cache else (weight_bytes(gpts[v[:2]]) * (new_tokens - 1) / decode) / bandwidth
         records.append({"model": name, "peer": peer, "dtype": kind, "compile": is_compiled, "use_cache": use_cache,

@@ -24,6 +24,14 @@ def test_for_inference_computes_with_the_weights_as_stored(dtype, tolerance):
         assert torch.equal(fast.generate(idx, 20, temperature=0), model.generate(idx, 20, temperature=0))
 
 
+@pytest.mark.parametrize("out", [3, 8, 50, 64])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_row_is_the_product(out, bias):
+    layer, x = Linear(24, out, bias=bias), torch.randn(1, 1, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
 def test_int8_rows_are_rounded_to_a_127th_of_their_largest_weight():
     layer = Linear(40, 30)
     weight = layer.weight.detach().clone()
