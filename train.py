@@ -1,10 +1,9 @@
-"""Trains a GPT on data/<dataset>, on one core or many GPUs.
+"""Trains a GPT on data/<dataset>, on a CPU or a GPU.
 
     python train.py config/train_shakespeare_char.py             # a recipe
     python train.py config/quick.py --dropout=0.1 --max_iters=300     # a recipe with other settings
     python train.py --dataset=mine --n_layer=4 --n_head=4 --n_embd=128   # your own text, once prepare.py has read it
     python train.py --init_from=resume                           # go on where the run in out/ stopped
-    torchrun --standalone --nproc_per_node=8 train.py config/train_shakespeare_char.py   # in 8 processes
 
 Leaves out/latest.pt (to resume), out/best.pt (the lowest validation loss, to sample) and out/log.csv.
 """

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -128,22 +127,6 @@ def test_resume_without_a_checkpoint_starts_from_scratch(trained):
     printed = trained.run("train.py", *TINY, "--max_iters=2", "--init_from=resume", "--out_dir=fresh")
     assert "no latest.pt in fresh: starting from scratch" in printed
     assert len(rows(trained.folder / "fresh")) == 1
-
-
-def test_two_processes_train_as_one(trained):
-    arguments = [*TINY, "--max_iters=20", "--dropout=0", "--dtype=float32"]
-    trained.run("train.py", *arguments, "--out_dir=one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(trained.folder / "train.py"), *arguments, "--out_dir=two"]
-    done = subprocess.run(command, cwd=trained.folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 20/20  train loss") == 1  # one of them speaks
-    for column in ("loss", "train_loss", "val_loss"):
-        one, two = ([float(v or 0) for v, in rows(trained.folder / name, [column])] for name in ("one", "two"))
-        assert one == pytest.approx(two, abs=1e-4)
-    arguments += ["--batch_size=3", "--out_dir=odd"]
-    done = subprocess.run([*command[:5], *command[5:6], *arguments], cwd=trained.folder, capture_output=True, text=True)
-    assert done.returncode != 0 and "2 processes divide neither" in done.stderr
 
 
 def test_early_stop_keeps_the_best(trained):
