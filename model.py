@@ -42,6 +42,11 @@ class GPTConfig:
 
 # --- the linear layer ---
 
+def has_onednn(x):
+    """Whether x lies where oneDNN, the CPU library of matrix products, can work on it."""
+    return x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
 class Linear(nn.Linear):
     """y = x W^T + b. After `quantize` the weight is int8, with one scale for each of its rows."""
 
@@ -57,25 +62,20 @@ class Linear(nn.Linear):
             y = y if self.scale is None else y * self.scale
             y = y if self.bias is None else y + self.bias
             return y.to(x.dtype).view(*x.shape[:-1], -1)
-        if x.numel() == x.size(-1) and x.device.type == "cpu" and not torch.is_grad_enabled() and (
-                x.dtype == self.weight.dtype == torch.float32 and self.out_features >= 8):
-            return self.one_row(x)
-        if self.scale is None:
-            return F.linear(x, self.weight, self.bias)
-        y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
-        return y if self.bias is None else y + self.bias
+        if self.scale is not None:
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+            return y if self.bias is None else y + self.bias
+        plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        if self.weight.is_mkldnn or (plain and has_onednn(x) and x.dtype == self.weight.dtype == torch.float32):
+            # F.linear leaves float32 to MKL, which multiplies the few rows of generation at half the speed of oneDNN, the
+            # library that PyTorch uses for bfloat16. It has no public name for float32 (bench_kv.py measures it).
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
 
-    def one_row(self, x):
-        """The product with one row, in eager mode on a CPU: as a batch of eight, each with an eighth of the weight's rows,
-        it reads memory up to twice as fast as F.linear (bench_kv.py). The row must be a transposed view: of one laid out as a
-        column, torch.bmm takes a slow path."""
-        n = self.out_features // 8 * 8
-        eighths = self.weight[:n].view(8, n // 8, self.in_features)
-        y = torch.bmm(eighths, x.reshape(1, 1, -1).mT.expand(8, -1, 1)).view(n)
-        if n < self.out_features:
-            y = torch.cat((y, F.linear(x.flatten(), self.weight[n:])))
-        y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], -1)
+    def pack(self):
+        """Stores the float32 weight in blocks, the order in which oneDNN reads it when it multiplies few rows. Only for
+        inference on a CPU: nothing else can read it then."""
+        self.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 16), requires_grad=False)
 
     def quantize(self):
         """Replaces the weight by int8: each row is divided by its largest magnitude / 127 and rounded."""
@@ -361,6 +361,8 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear) and dtype == "int8":
                 module.quantize()
+            elif isinstance(module, Linear) and dtype == "float32" and not compile and has_onednn(module.weight):
+                module.pack()
         if compile and on_cuda:
             self.compiled_step = torch.compile(self.decode_step, mode="reduce-overhead", dynamic=False)
         elif compile:
