@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_model, load_pretrained, save_pretrained
-from model import GPT, GPTConfig, KVCache, Linear
+from model import GPT, GPTConfig, KVCache, Linear, keep_top_p
 
 model: str | None = None       # char (10.7M parameters, block 256) or gpt2 (124M, block 1024); None: both
 out_dir: str | None = None     # instead: the model of this run
@@ -47,6 +47,13 @@ def clock():
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def time_of(function):
+    """Seconds that a call takes."""
+    start = clock()
+    function()
+    return clock() - start
 
 
 # --- one measurement ---
@@ -92,23 +99,14 @@ def token_time_at(gpt, position, n=10):
     """Seconds to decode one token with `position` tokens in the cache: the median of n."""
     cache = KVCache(gpt.config, 1, None, device, gpt.compute_dtype())
     gpt.prefill(torch.zeros(1, position, dtype=torch.long, device=device), cache)
-    token, times = torch.zeros(1, dtype=torch.long, device=device), []
-    for _ in range(n):
-        start = clock()
-        gpt.decode_one_token(token, cache)
-        times.append(clock() - start)
-    return statistics.median(times)
+    token = torch.zeros(1, dtype=torch.long, device=device)
+    return statistics.median(time_of(lambda: gpt.decode_one_token(token, cache)) for _ in range(n))
 
 
 def memory_bandwidth():
     """Bytes a second at which this machine reads memory: the sum of 400 MB, the best of ten."""
     x = torch.ones(100_000_000, device=device)
-    times = []
-    for _ in range(10):
-        start = clock()
-        x.sum()
-        times.append(clock() - start)
-    return x.nbytes / min(times)
+    return x.nbytes / min(time_of(x.sum) for _ in range(10))
 
 
 def weight_bytes(gpt):
@@ -214,6 +212,11 @@ def report(config, gpts, plan, results, total, idx):
         formula = 2 * config.n_layer * config.block_size * config.n_embd * 4
         print(f"cache for a whole context, float32, batch 1: {cache.nbytes:,} bytes measured, {formula:,} by "
               f"2 * n_layer * B * length * n_embd * bytes")
+    # Logits with most of the mass in a few tokens, as a trained model gives.
+    logits = 4 * torch.randn(1, config.vocab_size, device=device, generator=torch.Generator(device).manual_seed(seed))
+    top_p_time, sort_time = (statistics.median(time_of(f) for _ in range(20))
+                             for f in (lambda: keep_top_p(logits, 0.9), lambda: logits.sort(descending=True)))
+    print(f"top-p 0.9 of {config.vocab_size} logits: {top_p_time * 1e3:.2f} ms; sorting them: {sort_time * 1e3:.2f} ms")
     reference = plan[0]
     ids = torch.cat((idx[:1, :reference[4]], results[reference][0][2][:1]), dim=1)
     with torch.no_grad():

@@ -75,7 +75,7 @@ class Linear(nn.Linear):
     def pack(self):
         """Stores the float32 weight in blocks, the order in which oneDNN reads it when it multiplies few rows. Only for
         inference on a CPU: nothing else can read it then."""
-        self.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 16), requires_grad=False)
+        self.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 64), requires_grad=False)
 
     def quantize(self):
         """Replaces the weight by int8: each row is divided by its largest magnitude / 127 and rounded."""
@@ -363,13 +363,14 @@ class GPT(nn.Module):
                 module.quantize()
             elif isinstance(module, Linear) and dtype == "float32" and not compile and has_onednn(module.weight):
                 module.pack()
+        how = dict(dynamic=False, isolate_recompiles=True, recompile_limit=64)  # a program for each cache size and batch
         if compile and on_cuda:
-            self.compiled_step = torch.compile(self.decode_step, mode="reduce-overhead", dynamic=False)
+            self.compiled_step = torch.compile(self.decode_step, mode="reduce-overhead", **how)
         elif compile:
             # Left alone, the compiler writes each layer norm into the loop of the product after it, and so computes it anew
             # for every row. Counted as this many operations, it is stored once instead, and the product's own are not.
             options = {"realize_opcount_threshold": 12 if dtype == "bfloat16" else 8}
-            self.compiled_step = torch.compile(self.decode_step, dynamic=False, options=options)
+            self.compiled_step = torch.compile(self.decode_step, options=options, **how)
         return self
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,

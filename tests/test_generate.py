@@ -155,6 +155,15 @@ def test_top_p_without_sorting_the_vocabulary(p, scale):
     assert torch.equal(keep_top_p(logits, p), TopPLogitsWarper(p)(None, logits))
 
 
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 0.99])
+def test_top_p_in_float32_differs_only_where_rounding_decides(p):
+    logits = torch.randn(2000, 300, generator=torch.Generator().manual_seed(3)) * 4
+    ours, theirs = keep_top_p(logits, p), TopPLogitsWarper(p)(None, logits)
+    probs, order = logits.double().softmax(-1).sort(descending=True)
+    mass_above = torch.zeros_like(probs).scatter(1, order, probs.cumsum(-1) - probs)
+    assert ((ours == theirs) | ((mass_above - p).abs() < 1e-5)).all()
+
+
 @pytest.mark.parametrize("penalty", [0.5, 1.3])
 def test_repetition_penalty(penalty):
     logits = rows_of_logits()

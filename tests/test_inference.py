@@ -25,11 +25,15 @@ def test_for_inference_computes_with_the_weights_as_stored(dtype, tolerance):
 
 
 @pytest.mark.parametrize("out", [3, 8, 50, 64])
+@pytest.mark.parametrize("rows", [1, 3, 100])
 @pytest.mark.parametrize("bias", [True, False])
-def test_one_row_is_the_product(out, bias):
-    layer, x = Linear(24, out, bias=bias), torch.randn(1, 1, 24)
+def test_the_product_without_gradients_and_packed(out, rows, bias):
+    layer, x = Linear(24, out, bias=bias), torch.randn(2, rows, 48)[:, :, ::2]
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+        torch.testing.assert_close(layer(x), expected)
+    layer.pack()
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_int8_rows_are_rounded_to_a_127th_of_their_largest_weight():
