@@ -40,7 +40,7 @@ def run(layer, x, upstream):
     x = x.clone().requires_grad_()
     layer.zero_grad()
     if isinstance(layer, nn.MultiheadAttention):
-        y, weights = layer(x, x, x, attn_mask=~causal_mask(x.size(1), x.size(1)), average_attn_weights=False)
+        y, weights = layer(x, x, x, attn_mask=causal_mask(x.size(1), x.size(1), x), average_attn_weights=False)
     elif layer.written_out:
         y, weights = layer(x, return_weights=True)
     else:
