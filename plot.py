@@ -6,6 +6,7 @@
     python plot.py --what=loss --x=seconds
     python plot.py --what=gradients --json=gradients.json    # what verify_gradients.py wrote with --json
     python plot.py --what=kv --json=kv.json                  # what bench_kv.py wrote with --json
+    python plot.py --what=train --json=train.json            # what bench_train.py wrote; several files separated by commas
 """
 import csv
 import json as json_format
@@ -17,7 +18,7 @@ import torch
 
 from checkpoint import load_model, load_pretrained
 
-what = "attention"           # attention, loss, gradients or kv
+what = "attention"           # attention, loss, gradients, kv or train
 file: str | None = None      # the picture, .png or .svg; None: <what>.png
 out_dir = "out"              # the run; for loss also several, separated by commas
 init_from = "resume"         # attention: resume for the run in out_dir, else GPT-2 weights as in sample.py
@@ -25,7 +26,7 @@ start = "ROMEO:\nWhat light" # attention: the text that the model reads
 layer: int | None = None     # attention: one layer only, from 0
 head: int | None = None      # attention: one head only, from 0
 x = "steps"                  # loss: against steps or seconds
-json: str | None = None      # gradients, kv: the file with the figures
+json: str | None = None      # gradients, kv, train: the file with the figures
 exec((Path(__file__).resolve().parent / "configurator.py").read_text(encoding="utf-8"))
 
 try:
@@ -110,13 +111,16 @@ def plot_loss():
 
 
 def read_json():
-    """The records in the file --json."""
+    """The records in the files --json."""
     if json is None:
         raise ValueError(f"--what={what} needs the file with the figures: --json=FILE")
-    try:
-        return json_format.loads(Path(json).read_text())
-    except ValueError as e:
-        raise ValueError(f"{json} is not JSON: {e}") from None
+    records = []
+    for name in json.split(","):
+        try:
+            records += json_format.loads(Path(name).read_text())
+        except ValueError as e:
+            raise ValueError(f"{name} is not JSON: {e}") from None
+    return records
 
 
 def plot_gradients():
@@ -155,8 +159,25 @@ def plot_kv():
     return fig
 
 
+def plot_train():
+    """The parts of a training step, a bar for each record."""
+    records = read_json()
+    fig, ax = plt.subplots(figsize=(9, 1.2 + 0.6 * len(records)), layout="constrained")
+    labels = [f"{' '.join(r['arguments']) or 'default settings'}\n{r['dtype']} on {r['device']}" for r in records]
+    left = [0.0] * len(records)
+    for part in records[0]["parts"]:
+        widths = [r["parts"][part] * 1e3 for r in records]
+        ax.barh(labels, widths, left=left, label=part)
+        left = [a + b for a, b in zip(left, widths)]
+    ax.invert_yaxis()
+    ax.set_xlabel("milliseconds a step")
+    ax.legend()
+    return fig
+
+
 try:
-    plots = {"attention": plot_attention, "loss": plot_loss, "gradients": plot_gradients, "kv": plot_kv}
+    plots = {"attention": plot_attention, "loss": plot_loss, "gradients": plot_gradients, "kv": plot_kv,
+             "train": plot_train}
     if what not in plots:
         raise ValueError(f"what must be one of {', '.join(plots)}, got {what!r}")
     path = Path(file or f"{what}.png")

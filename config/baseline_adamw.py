@@ -1,0 +1,14 @@
+# nanoGPT's recipe for a laptop, with the same hyperparameters: what the other recipes are compared with.
+dataset = "shakespeare_char"
+n_layer, n_head, n_embd, block_size = 4, 4, 128, 64
+batch_size = 12
+max_iters = 2000
+optimizer = "adamw"
+learning_rate = 1e-3
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 100
+weight_decay = 0.1
+log_interval = 50
+eval_interval = 250
+checkpoint_interval = 500
