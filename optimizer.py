@@ -32,10 +32,11 @@ def orthogonalize(m, steps=5):
 class Muon(torch.optim.Optimizer):
     """Momentum whose direction is orthogonalised, so that every direction of a matrix moves alike and none is drowned
     by a few large singular values (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
-    Matrices of one shape are orthogonalised together, in `dtype`; torch.optim.Muon takes one at a time in bfloat16."""
+    Matrices of one shape are orthogonalised together, in `dtype`; torch.optim.Muon takes one at a time in bfloat16. A
+    group's `parts` says how many matrices lie on top of each other in each of its parameters."""
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, dtype=torch.bfloat16):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, parts=1, dtype=torch.bfloat16):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts))
         self.dtype = dtype
 
     @torch.no_grad()
@@ -55,9 +56,10 @@ class Muon(torch.optim.Optimizer):
                 grads = [p.grad for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - momentum)
                 updates = torch.stack(torch._foreach_lerp(grads, buffers, momentum)).to(self.dtype)  # Nesterov's
-                updates = orthogonalize(updates).to(params[0].dtype).unbind()
+                rows, cols = shape[0] // group["parts"], shape[1]
+                updates = orthogonalize(updates.view(-1, rows, cols)).view(-1, *shape).to(params[0].dtype).unbind()
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(params, updates, alpha=-lr * max(1, shape[0] / shape[1]) ** 0.5)
+                torch._foreach_add_(params, updates, alpha=-lr * max(1, rows / cols) ** 0.5)
 
 
 def has_fast_bfloat16(device_type):
@@ -84,5 +86,8 @@ def make_optimizers(model, optimizer, learning_rate, muon_learning_rate=0.02, we
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type in ("cpu", "cuda"))
     if not hidden:
         return [(adamw, learning_rate)]
-    muon = Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay, dtype=muon_dtype)
+    # c_attn holds three matrices, which do different things: the queries', the keys' and the values'.
+    fused = [p for name, p in params.items() if name.endswith("c_attn.weight")]
+    groups = [{"params": fused, "parts": 3}, {"params": [p for p in hidden if not any(p is q for q in fused)]}]
+    muon = Muon(groups, lr=muon_learning_rate, weight_decay=weight_decay, dtype=muon_dtype)
     return [(muon, muon_learning_rate), (adamw, learning_rate)]

@@ -9,6 +9,7 @@ Leaves out/latest.pt (to resume), out/best.pt (the lowest validation loss, to sa
 """
 import contextlib
 import csv
+import functools
 import importlib.util
 import json
 import math
@@ -219,11 +220,22 @@ def to_device(ids):
     return ids[:, :-1], ids[:, 1:]
 
 
+windows = max(1, len(train_data) // block_size - 1)  # in one pass over the training data
+
+
+@functools.lru_cache(2)
+def shuffled(epoch):
+    """Where the windows of one pass start: they tile the data from a random offset, and come in random order. So all text
+    is seen equally often, which trains better than windows drawn independently, some twice before others once."""
+    rng = np.random.default_rng((seed, epoch))
+    return rng.integers(len(train_data) - windows * block_size) + block_size * rng.permutation(windows)
+
+
 def get_batch(step):
     """The rows that this process trains on in a step. Where they start depends on the seed and the step alone, so
     a resumed run, or one on another number of processes, sees the same."""
-    starts = np.random.default_rng((seed, step)).integers(len(train_data) - block_size, size=rows)
-    starts = starts[rank * (rows // world):(rank + 1) * (rows // world)]
+    first = step * rows + rank * (rows // world)
+    starts = np.array([shuffled(i // windows)[i % windows] for i in range(first, first + rows // world)])
     return to_device(train_data[starts[:, None] + np.arange(block_size + 1)])
 
 

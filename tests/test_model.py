@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, CausalSelfAttention, GPTConfig, attention, fast_attention
+from model import GPT, CausalSelfAttention, GPTConfig, attention, dropout, fast_attention
 
 
 def small(seed=0, **changes):
@@ -116,6 +116,21 @@ def test_attention_maps():
     model.eval()
     hidden = model.h[0](model.wte(x) + model.wpe(torch.arange(9)))
     torch.testing.assert_close(maps[1], model.h[1].attn(model.h[1].ln_1(hidden), return_weights=True)[1])
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_zeroes_a_share_p_and_keeps_the_mean(p, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 999, dtype=dtype, requires_grad=True)
+    y = dropout(x, p)
+    zeros, n = (y == 0).sum().item(), y.numel()
+    assert abs(zeros - p * n) < 5 * math.sqrt(n * p * (1 - p))  # five standard deviations
+    assert torch.equal(y[y != 0], torch.full((n - zeros,), 1 / (1 - p), dtype=dtype))
+    neighbours = ((y[:, 1:] == 0) & (y[:, :-1] == 0)).float().mean()  # independent: p squared of the pairs
+    assert neighbours == pytest.approx(p ** 2, rel=0.05, abs=1e-5)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())  # the gradient passes where the number did
 
 
 def test_dropout_acts_in_both_paths_and_only_in_training():

@@ -41,6 +41,24 @@ def test_muon_is_torchs():
         torch.testing.assert_close(p, q, atol=2e-4, rtol=0)  # both orthogonalise in bfloat16; a step moves 0.02
 
 
+def test_muon_takes_stacked_matrices_apart():
+    torch.manual_seed(0)
+    stacked = torch.nn.Parameter(torch.randn(30, 10))
+    single = [torch.nn.Parameter(m.clone()) for m in stacked.detach().split(10)]
+    ours, theirs = Muon([{"params": [stacked], "parts": 3}], lr=0.02), torch.optim.Muon(single, lr=0.02, weight_decay=0.0)
+    for _ in range(3):
+        stacked.grad = torch.randn(30, 10)
+        for p, g in zip(single, stacked.grad.split(10)):
+            p.grad = g
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(stacked, torch.cat(single), atol=2e-4, rtol=0)
+    model = model_and_batch()[0]
+    groups = make_optimizers(model, "muon", 1e-3)[0][0].param_groups
+    assert [g["parts"] for g in groups] == [3, 1]
+    assert all(any(p is block.attn.c_attn.weight for p in groups[0]["params"]) for block in model.h)
+
+
 def test_orthogonalize_in_float32():
     torch.manual_seed(0)
     for shape in ((3, 20, 50), (2, 50, 20), (1, 16, 16)):
@@ -60,7 +78,7 @@ def test_which_parameters_go_where():
     names = {p: name for name, p in model.named_parameters()}
     (muon, rate), (adamw, _) = make_optimizers(model, "muon", 1e-3, 0.05, weight_decay=0.1)
     assert rate == 0.05
-    matrices = {names[p] for p in muon.param_groups[0]["params"]}
+    matrices = {names[p] for g in muon.param_groups for p in g["params"]}
     assert matrices == {n for n, p in model.named_parameters() if n.startswith("h.") and p.dim() == 2}
     decayed, others = ({names[p] for p in g["params"]} for g in adamw.param_groups)
     assert decayed == {"wte.weight", "wpe.weight"} and all("ln" in n or "bias" in n for n in others)

@@ -29,7 +29,7 @@ BUGS = {  # name: (what stands in model.py, what is planted, words of a check th
     "no mask": ("scores + causal_mask(T, S, q)", "scores", "later inputs"),
     "mask shifted by one": ("triu(diagonal=S - T + 1)", "triu(diagonal=S - T + 2)", "later inputs"),
     "softmax over queries": ("causal_mask(T, S, q), dim=-1)", "causal_mask(T, S, q), dim=-2)", "weights, written out"),
-    "fast path without a mask": ("dropout, is_causal=True", "dropout, is_causal=False", "output, fast"),
+    "fast path without a mask": ("dropout_p, is_causal=True", "dropout_p, is_causal=False", "output, fast"),
     "heads and time not transposed": (".view(B, T, self.n_head, C // self.n_head).transpose(1, 2)",
                                       ".reshape(B, self.n_head, T, C // self.n_head)", "output, written out"),
     "heads put together without transposing": ("y.transpose(1, 2).reshape(B, T, C)", "y.reshape(B, T, C)", "output, fast"),

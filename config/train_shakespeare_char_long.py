@@ -1,0 +1,17 @@
+# Tiny Shakespeare, as well as two CPU cores learn it in half an hour: 6 layers, 6 heads, 192 wide, 2.7M parameters.
+# The model sees the text twelve times, so dropout keeps it from memorising.
+dataset = "shakespeare_char"
+n_layer, n_head, n_embd, block_size = 6, 6, 192, 128
+batch_size = 16
+dropout = 0.1
+max_iters = 6000
+optimizer = "muon"
+learning_rate = 5e-3
+muon_learning_rate = 0.015
+min_lr = 0.0
+warmup_iters = 200
+beta2 = 0.99
+weight_decay = 0.1
+log_interval = 50
+eval_interval = 500
+checkpoint_interval = 500
