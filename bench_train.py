@@ -89,6 +89,59 @@ def timed_step(i):
     return seconds
 
 
+# --- memory ---
+
+def local_bytes(tensors):
+    """Bytes of these tensors in this process; of a sharded one, its shard."""
+    return sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in tensors)
+
+
+def measured_memory():
+    """Bytes of the parameters, the gradients, the optimizers' state, and what the forward pass keeps for the backward pass: each
+    storage once, without the parameters themselves."""
+    kept = {}
+    parameters = {p.untyped_storage().data_ptr() for p in train.params}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x, y = (ids[:train.micro_rows] for ids in train.get_batch(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), train.autocast:
+        loss = train.model(x, y)[1]
+    loss.backward()
+    memory = {"parameters": local_bytes(train.params), "gradients": local_bytes(p.grad for p in train.params),
+              "optimizer": local_bytes(t for optimizer, _ in train.optimizers for state in optimizer.state.values()
+                                       for t in state.values() if isinstance(t, torch.Tensor) and t.dim()),
+              "activations": sum(kept.values())}
+    for optimizer, _ in train.optimizers:
+        optimizer.zero_grad()
+    return memory
+
+
+def memory_by_formula():
+    """The same by counting; README.md explains the terms. A compiled model keeps less: it computes some of this again."""
+    c, T = train.raw_model.config, train.block_size
+    P = train.raw_model.num_parameters()
+    matrices = 12 * c.n_layer * c.n_embd ** 2  # numbers in the blocks' matrices
+    size = 4 if train.dtype == "float32" else 2  # bytes of a number in the products' dtype
+    layer = 8 * c.n_embd + 14 * size * c.n_embd  # bytes a token
+    if train.device_type == "cpu" and (train.dtype == "bfloat16" or c.dropout):  # attention written out stores its weights
+        layer += size * c.n_head * T * (3 if c.dropout else 1)
+    if c.dropout:
+        layer += 2 * size * c.n_embd
+    ends = (4 + size + (4 if c.dropout else 0)) * c.n_embd + 4 * c.vocab_size
+    copies = 0 if size == 4 else size * (matrices + c.vocab_size * c.n_embd)  # of the matrices, in the products' dtype
+    shards = train.world if train.config.get("strategy") == "fsdp" else 1
+    return {"parameters": 4 * P // shards, "gradients": 4 * P // shards,
+            "optimizer": (8 * P - (4 * matrices if train.optimizer == "muon" else 0)) // shards,
+            "activations": train.micro_rows * T * (c.n_layer * layer + ends) + copies}
+
+
+# --- the machine ---
+
 def evaluation_speed():
     """Tokens a second of an evaluation."""
     namespace["eval_tokens"] = n = min(len(train.val_data) - 1, 4 * train.rows * train.block_size)
@@ -110,11 +163,12 @@ def matrix_peak(dtype):
 
 for i in range(3):
     timed_step(i)
+memory, formula = measured_memory(), memory_by_formula()
 measured = [timed_step(i) for i in range(3, 3 + steps)]
 parts = {part: statistics.median(m[part] for m in measured) for part in PARTS}
 step_seconds = statistics.median(sum(m.values()) for m in measured)
-# Peak memory before the matrices of matrix_peak: the device's, or the whole process's.
-memory = torch.cuda.max_memory_allocated() if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Before the matrices of matrix_peak: the device's, or the whole process's.
+peak_memory = torch.cuda.max_memory_allocated() if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 evaluation = evaluation_speed()
 peaks = {dtype: matrix_peak(getattr(torch, dtype)) for dtype in dict.fromkeys(("float32", train.dtype))}
 tokens = train.rows * train.block_size // train.world
@@ -128,7 +182,10 @@ for part, seconds in parts.items():
 print(f"evaluation: {evaluation:,.0f} tokens/s")
 print(f"arithmetic: {flops / 1e9:,.0f} GFLOP/s; this machine's matrix products: "
       + ", ".join(f"{peak / 1e9:,.0f} in {dtype} (the step reaches {flops / peak:.0%})" for dtype, peak in peaks.items()))
-print(f"peak memory of the {'device' if on_cuda else 'process'}: {memory / 1e6:,.0f} MB")
+print("memory, measured and by formula: " + ", ".join(
+    f"{part} {memory[part] / 1e6:,.1f} MB ({formula[part] / 1e6:,.1f})" for part in formula)
+    + f", together {sum(memory.values()) / 1e6:,.1f} MB ({sum(formula.values()) / 1e6:,.1f})")
+print(f"peak of the {'device' if on_cuda else 'process, with all of its libraries'}: {peak_memory / 1e6:,.0f} MB")
 if profile:
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_cuda
     with torch.profiler.profile(activities=activities) as profiler:
@@ -138,6 +195,7 @@ if profile:
 if json:
     record = {"step_seconds": step_seconds, "parts": parts, "tokens": tokens, "evaluation_tokens_per_second": evaluation,
               "flops_per_second": flops, "matrix_flops_per_second": peaks, "memory_bytes": memory,
+              "memory_bytes_by_formula": formula, "peak_memory_bytes": peak_memory,
               "arguments": arguments, "device": train.device, "dtype": train.dtype, "compile": train.compile}
     temporary = Path(json + ".tmp")
     temporary.write_text(json_format.dumps([record], indent=1))
