@@ -60,6 +60,9 @@ def load_checkpoint(path):
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has checkpoint format {version}, this program reads {FORMAT_VERSION}; train anew")
+    missing = {"model", "model_args", "config", "tokenizer", "iter_num"} - checkpoint.keys()
+    if missing:
+        raise ValueError(f"{path} lacks {min(missing)!r}: it is not a checkpoint of train.py")
     return checkpoint
 
 
