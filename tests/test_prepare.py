@@ -5,6 +5,8 @@ import subprocess
 import time
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from conftest import TEXT
@@ -33,6 +35,30 @@ def test_characters(project):
     assert (meta["dtype"], meta["source"]) == ("uint16", "book.txt")
 
 
+def ids_of(tok, documents):
+    """The ids that a dataset of these documents must have: each encoded alone, a separator between two."""
+    separator = tok.encode("\n") if tok.eot is None else [tok.eot]
+    return sum((separator + tok.encode(text) for text in documents), [])[len(separator):]
+
+
+def write_documents(path, documents):
+    """Writes them to a .jsonl or .parquet file; the JSON with escapes, an empty line, and no newline at the end."""
+    if path.suffix == ".parquet":
+        table = pyarrow.table({"n": range(len(documents)), "text": documents})
+        pyarrow.parquet.write_table(table, path, row_group_size=150)
+    else:
+        lines = [json.dumps({"n": n, "text": t}, ensure_ascii=n % 2 > 0) for n, t in enumerate(documents)]
+        path.write_bytes("\n".join(lines[:1] + [""] + lines[1:]).encode())
+
+
+def small_pieces(project):
+    """Makes prepare.py work in pieces and batches of so few characters that small texts have many of them."""
+    source = (project.folder / "prepare.py").read_text()
+    assert "PIECE = 1 << 20" in source and "BATCH = 16 << 20" in source
+    source = source.replace("PIECE = 1 << 20", "PIECE = 1001").replace("BATCH = 16 << 20", "BATCH = 20000")
+    (project.folder / "prepare.py").write_text(source)
+
+
 def hard_text(n):
     """Text whose pieces are hard to cut: runs of white space, no spaces for long, contractions, other scripts."""
     rng = np.random.default_rng(0)
@@ -43,10 +69,7 @@ def hard_text(n):
 def test_pieces_give_the_ids_of_the_whole(project):
     text = hard_text(20000)  # about 800,000 bytes
     (project.folder / "book.txt").write_bytes(text.encode())
-    source = (project.folder / "prepare.py").read_text()
-    assert "PIECE = 1 << 20" in source and "BATCH = 16 << 20" in source
-    (project.folder / "prepare.py").write_text(source.replace("PIECE = 1 << 20", "PIECE = 1001")
-                                                     .replace("BATCH = 16 << 20", "BATCH = 20000"))
+    small_pieces(project)
     project.run("prepare.py", "--dataset=mine", "--input=book.txt", "--tokenizer=gpt2", "--val_fraction=0.25")
     meta, train, val = read(project, "mine")
     assert train + val == BPETokenizer().encode(text)
@@ -71,6 +94,99 @@ def test_folders_and_globs(project, tokenizer):
     meta, train, val = read(project, "two")
     between = "<|endoftext|>" if tok.eot else "\n"
     assert load_tokenizer(meta["tokenizer"]).decode(train + val) == f"first text{between}second text"
+
+
+DOCUMENTS = ["first\nof two lines ", "", "", "<|endoftext|> is text", "café \U0001f600 你好", hard_text(400), ""]
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_documents(project, tokenizer, suffix):
+    write_documents(project.folder / f"corpus{suffix}", DOCUMENTS)
+    small_pieces(project)  # the longest document is cut
+    project.run("prepare.py", "--dataset=mine", f"--input=corpus{suffix}", f"--tokenizer={tokenizer}")
+    meta, train, val = read(project, "mine")
+    tok = BPETokenizer() if tokenizer == "gpt2" else CharTokenizer.from_text("\n".join(DOCUMENTS))
+    assert meta["tokenizer"] == tok.state()
+    assert train + val == ids_of(tok, DOCUMENTS)
+    assert (meta["documents"], meta["bad_records"]) == (7, 0)
+    text = ("<|endoftext|>" if tok.eot else "\n").join(DOCUMENTS)
+    assert meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_folder_of_all_kinds(project):
+    folder = project.folder / "texts"
+    folder.mkdir()
+    write_documents(folder / "a.jsonl", ["one", "two"])
+    (folder / "b.txt").write_text("three\nstill three")
+    write_documents(folder / "c.parquet", ["four", ""])
+    (folder / "d.txt").write_text("")
+    write_documents(folder / "e.jsonl", ["six"])
+    project.run("prepare.py", "--dataset=mine", f"--input={folder}", "--tokenizer=gpt2")
+    _, train, val = read(project, "mine")
+    assert train + val == ids_of(BPETokenizer(), ["one", "two", "three\nstill three", "four", "", "", "six"])
+
+
+def test_bad_records_are_named_and_skipped(project):
+    lines = [b'{"text": "good"}', b'{"text": "half', b'["text"]', b'{"body": "x"}', b'{"text": 3}',
+             b'{"text": null}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', b"[" * 100_000,
+             b'{"text": "good too"}']
+    (project.folder / "corpus.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    arguments = ["--dataset=mine", "--input=corpus.jsonl", "--tokenizer=gpt2", "--val_fraction=0.5"]
+    done = subprocess.run(project.command("prepare.py", *arguments), cwd=project.folder,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("8 bad records skipped: corpus.jsonl:2: invalid JSON: Unterminated string")
+    assert "corpus.jsonl:3: " in done.stderr and "corpus.jsonl:4: no key 'text' (--text_key)" in done.stderr
+    assert done.stderr.count("\n") == 1
+    meta, train, val = read(project, "mine")
+    assert train + val == ids_of(BPETokenizer(), ["good", "good too"])
+    assert (meta["documents"], meta["bad_records"]) == (2, 8)
+    write_documents(project.folder / "corpus.parquet", ["good", None, "good too"])
+    project.run("prepare.py", "--input=corpus.parquet", *arguments[:1], *arguments[2:])
+    again, *ids = read(project, "mine")
+    assert ids == [train, val] and again["bad_records"] == 1
+
+
+def test_text_key(project):
+    (project.folder / "corpus.jsonl").write_text('{"body": "the text", "text": 1}\n{"body": "more", "text": 2}')
+    project.run("prepare.py", "--dataset=mine", "--input=corpus.jsonl", "--text_key=body")
+    meta, train, val = read(project, "mine")
+    assert load_tokenizer(meta["tokenizer"]).decode(train + val) == "the text\nmore"
+    for tokenizer in ("char", "gpt2"):
+        error = project.fails("prepare.py", "--dataset=new", "--input=corpus.jsonl", "--text_key=txt",
+                              f"--tokenizer={tokenizer}")
+        assert "2 bad records" in error
+        assert "corpus.jsonl:1: no key 'txt' (--text_key) among ['body', 'text']" in error
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a", "b"]}), project.folder / "corpus.parquet")
+    error = project.fails("prepare.py", "--dataset=new", "--input=corpus.parquet")
+    assert "no column 'text' but ['body']" in error and "--text_key" in error
+    (project.folder / "bad.parquet").write_bytes(b"not Parquet")
+    assert "bad.parquet cannot be read" in project.fails("prepare.py", "--dataset=new", "--input=bad.parquet")
+    assert not (project.folder / "data/new").exists()  # nothing is left of a dataset that could not be made
+
+
+def test_openwebtext(project):
+    """By a stand-in for Hugging Face's library, which is found first as it lies beside the script."""
+    documents = ["a page", "", "another page"]
+    (project.folder / "datasets.py").write_text(
+        "def load_dataset(name, split, streaming):\n"
+        "    assert (name, split, streaming) == ('Skylion007/openwebtext', 'train', True)\n"
+        f"    return ({{'text': text}} for text in {documents})\n")
+    project.run("prepare.py", "--dataset=openwebtext", "--val_fraction=0.5")
+    meta, train, val = read(project, "openwebtext")
+    assert train + val == ids_of(BPETokenizer(), documents) and "Hugging Face" in meta["source"]
+    (project.folder / "datasets.py").write_text("def load_dataset(*_, **__):\n    raise OSError('no\\nway')\n")
+    assert "cannot be streamed: no way" in project.fails("prepare.py", "--dataset=openwebtext")
+
+
+@pytest.mark.parametrize("module, arguments", [
+    ("datasets", ["--dataset=openwebtext"]), ("pyarrow", ["--dataset=new", "--input=corpus.parquet"])])
+def test_a_missing_library_is_named(project, module, arguments):
+    (project.folder / "corpus.parquet").write_bytes(b"any")
+    (project.folder / f"{module}.py").write_text("raise ImportError")
+    assert f"pip install {module}" in project.fails("prepare.py", *arguments)
+    assert not (project.folder / "data").exists() or not list((project.folder / "data").iterdir())
 
 
 def test_more_characters_than_uint16_holds(project):
@@ -111,6 +227,8 @@ def test_errors_leave_the_dataset_as_it_was(project, content, words):
     error = project.fails("prepare.py", "--dataset=mine", "--input=book.txt")
     assert all(word in error for word in words), error
     assert before == {p.name: p.read_bytes() for p in (project.folder / "data" / "mine").iterdir() if p.is_file()}
+    project.fails("prepare.py", "--dataset=new", "--input=book.txt")
+    assert not (project.folder / "data/new").exists()
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -120,26 +238,36 @@ def test_bad_settings(project, arguments, words):
     assert words in project.fails("prepare.py", *arguments)
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
-def test_killed_and_started_again(project, tokenizer):
+@pytest.mark.parametrize("tokenizer, name, how", [
+    ("char", "book.txt", signal.SIGKILL), ("gpt2", "book.txt", signal.SIGKILL),
+    ("gpt2", "book.jsonl", signal.SIGKILL), ("gpt2", "book.parquet", signal.SIGKILL),
+    ("char", "book.jsonl", signal.SIGINT)])
+def test_killed_and_started_again(project, tokenizer, name, how):
     text = hard_text(60000)
-    (project.folder / "book.txt").write_bytes(text.encode())
-    source = (project.folder / "prepare.py").read_text().replace("PIECE = 1 << 20", "PIECE = 1001")
-    source = source.replace("BATCH = 16 << 20", "BATCH = 2000")
-    (project.folder / "prepare.py").write_text(source)
-    arguments = ["--dataset=mine", "--input=book.txt", f"--tokenizer={tokenizer}"]
+    if name.endswith(".txt"):
+        documents = [text]
+        (project.folder / name).write_bytes(text.encode())
+    else:
+        documents = [text[i:i + 3000] for i in range(0, len(text), 3000)]
+        write_documents(project.folder / name, documents)
+    small_pieces(project)
+    arguments = ["--dataset=mine", f"--input={name}", f"--tokenizer={tokenizer}"]
     process = subprocess.Popen(project.command("prepare.py", *arguments), cwd=project.folder,
-                               stdout=subprocess.DEVNULL)
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     progress = project.folder / "data/mine/.partial/progress.json"
-    while not progress.exists() or json.loads(progress.read_text())["pieces"] < 20:
+    while not progress.exists() or json.loads(progress.read_text())["pieces"] < 60:
         assert process.poll() is None
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(how)
+    error = process.communicate()[1]
+    assert process.returncode != 0
+    if how == signal.SIGINT:
+        assert error == "error: interrupted; the same command continues where it stopped\n"
     assert not (project.folder / "data/mine/meta.json").exists()
     assert "continuing" in project.run("prepare.py", *arguments)
     meta, train, val = read(project, "mine")
-    tok = BPETokenizer() if tokenizer == "gpt2" else CharTokenizer.from_text(text)
-    assert train + val == tok.encode(text)
-    assert meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    tok = BPETokenizer() if tokenizer == "gpt2" else CharTokenizer.from_text(text + "\n")
+    assert train + val == ids_of(tok, documents)
+    between = "<|endoftext|>" if tok.eot else "\n"
+    assert meta["sha256"] == hashlib.sha256(between.join(documents).encode()).hexdigest()
     assert "continuing" not in project.run("prepare.py", *arguments, "--val_fraction=0.2")
