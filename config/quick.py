@@ -2,7 +2,7 @@
 dataset = "shakespeare_char"
 n_layer, n_head, n_embd, block_size = 3, 3, 96, 64
 batch_size = 12
-max_iters = 560
+max_iters = 540
 optimizer = "muon"
 learning_rate = 5e-3
 muon_learning_rate = 0.03
@@ -12,5 +12,5 @@ weight_decay = 0.1
 min_lr = 0.0
 patience = 4
 log_interval = 50
-eval_interval = 280
-checkpoint_interval = 280
+eval_interval = 270
+checkpoint_interval = 270

@@ -20,10 +20,10 @@ else:
     print("no GPU is there: 4 layers, 4 heads, 128 wide, sequences of 128 characters, 0.8M parameters")
     n_layer, n_head, n_embd, block_size = 4, 4, 128, 128
     batch_size = 8
-    max_iters = 2000
+    max_iters = 1900
     learning_rate = 5e-3
     muon_learning_rate = 0.015
     warmup_iters = 100
     log_interval = 50
-    eval_interval = 500
-    checkpoint_interval = 500
+    eval_interval = 475
+    checkpoint_interval = 475
