@@ -39,7 +39,7 @@ if steps < 1:
 # --- train.py, for one step ---
 
 path = Path(__file__).resolve().parent / "train.py"
-namespace = {"__name__": "__main__", "__file__": str(path)}
+namespace = {"__name__": "bench_train", "__file__": str(path)}  # not "__main__": train.py does not end the process then
 with tempfile.TemporaryDirectory() as folder:
     sys.argv[1:] = [*arguments, "--max_iters=1", "--eval_tokens=1", f"--out_dir={folder}/out"]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -72,7 +72,8 @@ def timed_step(i):
 
     x, y = train.get_batch(i)
     add("data")
-    for xm, ym in zip(x.split(train.micro_rows), y.split(train.micro_rows)):
+    for micro, (xm, ym) in enumerate(zip(x.split(train.micro_rows), y.split(train.micro_rows))):
+        train.sync_gradients(micro == train.micro_steps - 1)
         with train.autocast:
             loss = train.model(xm, ym)[1] / train.micro_steps
         add("forward")
@@ -100,22 +101,23 @@ def measured_memory():
     """Bytes of the parameters, the gradients, the optimizers' state, and what the forward pass keeps for the backward pass: each
     storage once, without the parameters themselves."""
     kept = {}
-    parameters = {p.untyped_storage().data_ptr() for p in train.params}
+    parameters = {p.untyped_storage()._cdata for p in train.params}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage
         return tensor
 
     x, y = (ids[:train.micro_rows] for ids in train.get_batch(0))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), train.autocast:
         loss = train.model(x, y)[1]
+    activations = sum(storage.nbytes() for storage in kept.values())  # what fsdp has freed since is empty now
     loss.backward()
     memory = {"parameters": local_bytes(train.params), "gradients": local_bytes(p.grad for p in train.params),
               "optimizer": local_bytes(t for optimizer, _ in train.optimizers for state in optimizer.state.values()
                                        for t in state.values() if isinstance(t, torch.Tensor) and t.dim()),
-              "activations": sum(kept.values())}
+              "activations": activations}
     for optimizer, _ in train.optimizers:
         optimizer.zero_grad()
     return memory
@@ -134,7 +136,9 @@ def memory_by_formula():
         layer += 2 * size * c.n_embd
     ends = (4 + size + (4 if c.dropout else 0)) * c.n_embd + 4 * c.vocab_size
     copies = 0 if size == 4 else size * (matrices + c.vocab_size * c.n_embd)  # of the matrices, in the products' dtype
-    shards = train.world if train.config.get("strategy") == "fsdp" else 1
+    shards = train.world if train.strategy == "fsdp" else 1
+    if train.strategy == "fsdp":  # a block is freed after use, but the embeddings and the last norm stay until the backward pass
+        copies += 4 * (P - train.raw_model.num_parameters(embeddings=False) + c.n_embd * (1 + c.bias))
     return {"parameters": 4 * P // shards, "gradients": 4 * P // shards,
             "optimizer": (8 * P - (4 * matrices if train.optimizer == "muon" else 0)) // shards,
             "activations": train.micro_rows * T * (c.n_layer * layer + ends) + copies}
@@ -174,25 +178,25 @@ peaks = {dtype: matrix_peak(getattr(torch, dtype)) for dtype in dict.fromkeys(("
 tokens = train.rows * train.block_size // train.world
 flops = tokens * train.raw_model.flops_per_token(train.block_size) / step_seconds
 
-print(f"{' '.join(arguments) or 'the default settings of train.py'}: {train.raw_model.num_parameters():,} parameters on "
+train.say(f"{' '.join(arguments) or 'the default settings of train.py'}: {train.raw_model.num_parameters():,} parameters on "
       f"{train.device} in {train.dtype}{', compiled' if train.compile else ''}, {tokens:,} tokens a step")
-print(f"a step: {step_seconds * 1e3:.1f} ms (median of {steps}), {tokens / step_seconds:,.0f} tokens/s")
+train.say(f"a step: {step_seconds * 1e3:.1f} ms (median of {steps}), {tokens / step_seconds:,.0f} tokens/s")
 for part, seconds in parts.items():
-    print(f"  {part:<10} {seconds * 1e3:8.2f} ms  {seconds / step_seconds:4.0%}")
-print(f"evaluation: {evaluation:,.0f} tokens/s")
-print(f"arithmetic: {flops / 1e9:,.0f} GFLOP/s; this machine's matrix products: "
+    train.say(f"  {part:<10} {seconds * 1e3:8.2f} ms  {seconds / step_seconds:4.0%}")
+train.say(f"evaluation: {evaluation:,.0f} tokens/s")
+train.say(f"arithmetic: {flops / 1e9:,.0f} GFLOP/s; this machine's matrix products: "
       + ", ".join(f"{peak / 1e9:,.0f} in {dtype} (the step reaches {flops / peak:.0%})" for dtype, peak in peaks.items()))
-print("memory, measured and by formula: " + ", ".join(
+train.say("memory, measured and by formula: " + ", ".join(
     f"{part} {memory[part] / 1e6:,.1f} MB ({formula[part] / 1e6:,.1f})" for part in formula)
     + f", together {sum(memory.values()) / 1e6:,.1f} MB ({sum(formula.values()) / 1e6:,.1f})")
-print(f"peak of the {'device' if on_cuda else 'process, with all of its libraries'}: {peak_memory / 1e6:,.0f} MB")
+train.say(f"peak of the {'device' if on_cuda else 'process, with all of its libraries'}: {peak_memory / 1e6:,.0f} MB")
 if profile:
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_cuda
     with torch.profiler.profile(activities=activities) as profiler:
         for i in range(10):
             timed_step(i)
-    print(f"\n10 steps by operator:\n{profiler.key_averages().table(sort_by='self_cpu_time_total', row_limit=25)}")
-if json:
+    train.say(f"\n10 steps by operator:\n{profiler.key_averages().table(sort_by='self_cpu_time_total', row_limit=25)}")
+if json and train.rank == 0:
     record = {"step_seconds": step_seconds, "parts": parts, "tokens": tokens, "evaluation_tokens_per_second": evaluation,
               "flops_per_second": flops, "matrix_flops_per_second": peaks, "memory_bytes": memory,
               "memory_bytes_by_formula": formula, "peak_memory_bytes": peak_memory,
@@ -200,3 +204,4 @@ if json:
     temporary = Path(json + ".tmp")
     temporary.write_text(json_format.dumps([record], indent=1))
     temporary.replace(json)
+train.end()

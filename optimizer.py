@@ -6,6 +6,7 @@
 import math
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def schedule(i, warmup_iters, max_iters, min_ratio):
@@ -27,6 +28,16 @@ def orthogonalize(m, steps=5):
         gram = m @ m.mT
         m = torch.baddbmm(m, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), m, beta=3.4445)
     return m
+
+
+def whole(t):
+    """distributed: under fsdp a process holds some rows of a tensor; this gathers all. Other tensors are whole."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def part_like(t, p):
+    """distributed: of a whole tensor, what a process holds of p. Each has the whole, so nothing is sent."""
+    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else t
 
 
 class Muon(torch.optim.Optimizer):
@@ -55,9 +66,11 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
                 grads = [p.grad for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - momentum)
-                updates = torch.stack(torch._foreach_lerp(grads, buffers, momentum)).to(self.dtype)  # Nesterov's
+                updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov's
+                updates = torch.stack([whole(u) for u in updates]).to(self.dtype)
                 rows, cols = shape[0] // group["parts"], shape[1]
-                updates = orthogonalize(updates.view(-1, rows, cols)).view(-1, *shape).to(params[0].dtype).unbind()
+                updates = orthogonalize(updates.view(-1, rows, cols)).view(-1, *shape).to(params[0].dtype)
+                updates = [part_like(u, p) for u, p in zip(updates, params)]
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
                 torch._foreach_add_(params, updates, alpha=-lr * max(1, rows / cols) ** 0.5)
 

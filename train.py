@@ -4,10 +4,11 @@
     python train.py config/quick.py --dropout=0.1 --max_iters=300     # a recipe with other settings
     python train.py --dataset=mine --n_layer=4 --n_head=4 --n_embd=128   # your own text, once prepare.py has read it
     python train.py --init_from=resume                           # go on where the run in out/ stopped
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py   # 8 processes, one for each GPU
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py ...  # 2 machines
 
 Leaves out/latest.pt (to resume), out/best.pt (the lowest validation loss, to sample) and out/log.csv.
 """
-import contextlib
 import csv
 import functools
 import importlib.util
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
 
 from checkpoint import load_checkpoint, load_pretrained, save_checkpoint
 from model import GPT, GPTConfig
@@ -65,6 +67,7 @@ checkpoint_interval = 250          # steps between checkpoints; there is one aft
 device: str | None = None          # cpu, cuda, cuda:1, mps; None: the best there is
 dtype: str | None = None           # of matrix products: float32, bfloat16, float16; None: bfloat16 where it is fast
 compile: bool | None = None        # torch.compile the model; None: on CUDA, if its compiler, triton, is there
+strategy = "ddp"                   # of several processes: ddp, each holds the whole model; fsdp, each a part of it
 # The rest of this file reads these names, `config` (all of them) and `overrides` (those that this call names).
 exec((Path(__file__).resolve().parent / "configurator.py").read_text(encoding="utf-8"))
 
@@ -110,9 +113,25 @@ def over_processes(value, how="SUM"):
     return tensor.item()
 
 
+def end(code=0):
+    """sys.exit. One of several processes leaves out Python's own clean-up: a communication thread that lets go of
+    its last tensor meanwhile would abort the program (github.com/pytorch/pytorch/pull/179291 tells how)."""
+    if distributed:
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def leave(message):
-    """Ends the program with an error, said once."""
-    sys.exit(f"error: {message}" if rank == 0 else 1)
+    """Ends the program with an error. Of several processes the first says it, and torchrun then ends the others;
+    if they still wait after 5 seconds, the error is theirs alone, and they say it."""
+    if rank > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    print(f"error: {message}", file=sys.stderr)
+    end(1)
 
 
 # --- resume: the checkpoint's settings hold, except for those that this call names ---
@@ -124,7 +143,7 @@ if init_from == "resume" and (out / "latest.pt").exists():
         checkpoint = load_checkpoint(out / "latest.pt")
     except ValueError as e:
         leave(e)
-    here = {"init_from", "out_dir"} | ({"device"} if distributed else set())  # of this call, not of the checkpoint
+    here = {"init_from", "out_dir", "strategy"} | ({"device"} if distributed else set())  # not of the checkpoint
     config |= {k: v for k, v in checkpoint["config"].items() if k in config and k not in overrides and k not in here}
     globals().update({k: v for k, v in config.items() if k not in here})
 elif init_from == "resume":
@@ -176,19 +195,29 @@ if dtype is None:
     dtype = "bfloat16" if has_fast_bfloat16(device_type) else "float16" if device_type == "cuda" else "float32"
 if dtype not in ("float32", "bfloat16", "float16"):
     leave(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+if strategy not in ("ddp", "fsdp"):
+    leave(f"strategy must be 'ddp' or 'fsdp', got {strategy!r}")
+if strategy == "fsdp" and not distributed:
+    leave("strategy 'fsdp' divides the model among processes; start them with torchrun, as the top of train.py says")
+completed = checkpoint["iter_num"] if checkpoint else -1
+if over_processes(completed, "MAX") != over_processes(completed, "MIN"):
+    leave(f"the processes find different checkpoints in {out_dir}; copy latest.pt to every machine, or share the folder")
 
 # --- data ---
 
 data_dir = Path(__file__).resolve().parent / "data" / dataset
+failed = 0
 if not (data_dir / "meta.json").exists() and rank == 0:
     say(f"no dataset in {data_dir}: preparing it")
-    prepare = subprocess.run([sys.executable, Path(__file__).resolve().parent / "prepare.py", f"--dataset={dataset}"])
-    if prepare.returncode:
-        sys.exit(128 + stop_signal if stop_signal else prepare.returncode)
-if distributed:
-    torch.distributed.barrier()
+    prepare = [sys.executable, Path(__file__).resolve().parent / "prepare.py", f"--dataset={dataset}"]
+    failed = abs(subprocess.run(prepare).returncode)
+failed = int(over_processes(failed, "MAX"))  # distributed: the others wait here for the first
+if failed:
+    end(128 + stop_signal if stop_signal else failed)
 try:
     meta = json.loads((data_dir / "meta.json").read_text())
+except FileNotFoundError:
+    leave(f"no dataset in {data_dir} on this machine; run prepare.py on every machine, or share the folder")
 except ValueError:
     leave(f"{data_dir / 'meta.json'} is damaged; run prepare.py again")
 train_data, val_data = (np.memmap(data_dir / f"{split}.bin", dtype=np.dtype(meta["dtype"]).newbyteorder("<"), mode="r")
@@ -260,6 +289,10 @@ try:
         leave(f"{init_from} has another vocabulary than the dataset {dataset}; prepare one with --tokenizer=gpt2")
     raw_model.set_dropout(dropout)
     raw_model.to(device).train()
+    if strategy == "fsdp":  # distributed: tensors are cut by rows; a block puts its own together while it computes
+        mesh = torch.distributed.init_device_mesh(device_type, (world,))
+        for part in (*raw_model.h, raw_model):
+            fully_shard(part, mesh=mesh)
     optimizers = make_optimizers(raw_model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta1, beta2,
                                  torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 except ValueError as e:
@@ -273,8 +306,17 @@ if compile is None:
     if device_type == "cuda" and not compile:
         say("triton is not installed: running without torch.compile, which is slower")
 model = torch.compile(raw_model) if compile else raw_model
-if distributed:
+if distributed and strategy == "ddp":
     model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None)
+
+
+def sync_gradients(on):
+    """Whether the next backward pass averages the gradients over the processes."""
+    if strategy == "fsdp":
+        raw_model.set_requires_gradient_sync(on)
+    elif distributed:
+        model.require_backward_grad_sync = on
+
 
 # --- evaluation and checkpoints ---
 
@@ -286,15 +328,17 @@ def evaluate(data, even=False):
     T = min(block_size, len(val_data) - 1)
     n = max(1, min(eval_tokens, len(val_data) - 1) // T)
     starts = np.linspace(0, len(data) - T - 1, n).astype(np.int64) if even else np.arange(n) * T
-    starts = starts[rank::world]
+    share = starts[rank::world]
     raw_model.eval()
     # Rows at once: so many that their logits, the largest tensor, stay under 2^26 numbers, but no fewer than in training.
     at_once = max(micro_rows, min(8192, 2 ** 26 // meta["vocab_size"]) // T)
     loss_sum = 0.0
-    for i in range(0, len(starts), at_once):
-        x, y = to_device(data[starts[i:i + at_once, None] + np.arange(T + 1)])
+    for i in range(0, math.ceil(n / world), at_once):
+        now = share[i:i + at_once]
+        # distributed: fsdp needs all in every pass, so a process whose share is used up joins with a row that counts 0
+        x, y = to_device(data[(now if len(now) else starts[:1])[:, None] + np.arange(T + 1)])
         with autocast:
-            loss_sum += raw_model(x, y)[1].item() * len(x)
+            loss_sum += raw_model(x, y)[1].item() * len(now)
     raw_model.train()
     return over_processes(loss_sum) / n
 
@@ -304,6 +348,7 @@ def save(path, with_optimizer=True):
     model_state, optimizer_state = get_state_dict(
         raw_model, [o for o, _ in optimizers] if with_optimizer else [],
         options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    problem = ""
     if rank == 0:
         try:
             save_checkpoint(path, {
@@ -312,7 +357,11 @@ def save(path, with_optimizer=True):
                 "best_val_loss": best_val_loss, "bad_evals": bad_evals, "tokens": iter_num * rows * block_size,
                 "seconds": seconds, "scaler": scaler.state_dict()})
         except ValueError as e:
-            leave(f"{e}; try a lower learning rate")
+            problem = f"{e}; try a lower learning rate"
+        except (OSError, RuntimeError) as e:  # torch.save raises either when the disk is full
+            problem = f"{path} cannot be written: {str(e).splitlines()[0]}"
+    if over_processes(bool(problem), "MAX"):
+        leave(problem or f"the first process could not write {path}")
 
 
 if checkpoint:
@@ -334,7 +383,7 @@ say(f"{raw_model.num_parameters():,} parameters ({raw_model.num_parameters(embed
     f"{max_iters} steps, {max_iters * rows * block_size / len(train_data):.1f} passes over {dataset}")
 if eval_only:
     say(f"train loss {evaluate(train_data, even=True):.4f}, validation loss {evaluate(val_data):.4f}")
-    sys.exit(0)
+    end()
 
 # --- the log: one row for every log_interval steps and every evaluation, also when a run is resumed ---
 
@@ -380,9 +429,9 @@ def clock(s):
 
 warmup = max_iters // 10 if warmup_iters is None else warmup_iters
 min_ratio = 0.1 if min_lr is None else min_lr / learning_rate
-start_iter, start_seconds, loss_now = iter_num, seconds, None
+start_iter, start_seconds, loss_now, stop = iter_num, seconds, None, 0
 mark, logged_at, logged_seconds = time.perf_counter(), iter_num, seconds
-while iter_num < max_iters and not stop_signal:
+while iter_num < max_iters and not stop:
     # The schedule scales every group's peak rate alike.
     scale = schedule(iter_num, warmup, max_iters, min_ratio)
     for o, peak in optimizers:
@@ -394,15 +443,16 @@ while iter_num < max_iters and not stop_signal:
     x, y = get_batch(iter_num)
     loss_sum = torch.zeros((), device=device)
     for micro, (xm, ym) in enumerate(zip(x.split(micro_rows), y.split(micro_rows))):
-        wait = distributed and micro < micro_steps - 1  # distributed: gradients are averaged once, after the last
-        with model.no_sync() if wait else contextlib.nullcontext():
-            with autocast:
-                loss = model(xm, ym)[1] / micro_steps
-            scaler.scale(loss).backward()
+        sync_gradients(micro == micro_steps - 1)  # distributed: once a step, in its last pass
+        with autocast:
+            loss = model(xm, ym)[1] / micro_steps
+        scaler.scale(loss).backward()
         loss_sum += loss.detach()
     for o, _ in optimizers:
         scaler.unscale_(o)
     grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf, foreach=True)
+    if strategy == "fsdp":
+        grad_norm = grad_norm.full_tensor()  # distributed: from the norms of the parts
     for o, _ in optimizers:
         scaler.step(o)
         o.zero_grad(set_to_none=True)
@@ -438,8 +488,8 @@ while iter_num < max_iters and not stop_signal:
         log(**row)
         mark = time.perf_counter()  # evaluating and saving are not training time
     stopping = evaluating and patience is not None and bad_evals >= max(1, patience)
-    stop_signal = int(over_processes(stop_signal, "MAX"))
-    if iter_num % checkpoint_interval == 0 or last or stopping or stop_signal:
+    stop = int(over_processes(stop_signal, "MAX"))  # distributed: all of them stop after the same step
+    if iter_num % checkpoint_interval == 0 or last or stopping or stop:
         if not math.isfinite(over_processes(loss_sum.item())):
             leave(f"the loss at step {iter_num} is not finite; {what_is_left()}; try a lower learning rate")
         seconds += time.perf_counter() - mark
@@ -449,14 +499,14 @@ while iter_num < max_iters and not stop_signal:
         say(f"stopping early: {bad_evals} evaluations without a lower validation loss")
         break
 
-if distributed:
-    torch.distributed.destroy_process_group()
 where = "" if out_dir == "out" else f" --out_dir={out_dir}"
-if stop_signal:
-    say(f"stopped by signal {stop_signal} after step {iter_num}; go on with: python train.py --init_from=resume{where}")
-    sys.exit(128 + stop_signal)
+if stop:
+    say(f"stopped by signal {stop} after step {iter_num}; go on with: python train.py --init_from=resume{where}")
+    end(128 + stop)
 if loss_now is None:
     say(f"nothing to do: the run has {iter_num} steps already, and max_iters is {max_iters}; raise --max_iters to go on")
 else:
     say(f"done in {clock(seconds)} of training, lowest validation loss {best_val_loss:.4f}; "
         f"next: python sample.py{where}")
+if __name__ == "__main__":  # bench_train.py executes this file too, and goes on with what it defines
+    end()

@@ -162,7 +162,8 @@ def test_a_missing_dataset_is_prepared(project):
     ("--n_head=5", "divisible by n_head"), ("--optimizer=sgd", "'adamw' or 'muon', got 'sgd'"),
     ("--device=gpu", "device 'gpu' cannot be used"), ("--dtype=int3", "got 'int3'"), ("--batch_size=0", "batch_size"),
     ("--max_iters=-1", "max_iters"), ("--dropout=1.5", "dropout"), ("--learning_rate=nan", "learning_rate"),
-    ("--beta1=1.0", "beta1"), ("--seed=-1", "seed")])
+    ("--beta1=1.0", "beta1"), ("--seed=-1", "seed"), ("--strategy=zero", "'ddp' or 'fsdp', got 'zero'"),
+    ("--strategy=fsdp", "start them with torchrun")])
 def test_errors(trained, argument, words):
     before = (trained.folder / "out" / "latest.pt").read_bytes()
     assert words in trained.fails("train.py", *TINY, argument)

@@ -1,0 +1,88 @@
+"""Several processes against one: the same losses, the same checkpoints, and an end that is clean whatever ends them."""
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint import load_checkpoint
+from test_train import rows
+
+SETTINGS = ["--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
+            "--gradient_accumulation_steps=4", "--dtype=float32", "--log_interval=1", "--warmup_iters=0", "--min_lr=1e-3"]
+COLUMNS = ["iter", "tokens", "loss", "train_loss", "val_loss", "grad_norm"]
+
+
+def torchrun(trained, *arguments):
+    """Starts train.py in two processes; options of torchrun's stand before it."""
+    options = [a for a in arguments if a.startswith("--max-restarts")]
+    command = trained.command("train.py", *SETTINGS, *(a for a in arguments if a not in options))
+    command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    return subprocess.Popen(command, cwd=trained.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, code=0):
+    printed = process.communicate(timeout=120)[0]
+    assert (process.returncode == 0) == (code == 0), printed
+    assert "terminate called" not in printed, printed
+    return printed
+
+
+def wait_for_step(out, step, process):
+    while not (out / "latest.pt").exists() or load_checkpoint(out / "latest.pt")["iter_num"] < step:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def difference(a, b):
+    """The largest difference between two runs' logs; the rows must be those of the same steps."""
+    a, b = (np.array([[float(v or 0) for v in row] for row in rows(out, COLUMNS)]) for out in (a, b))
+    assert a.shape == b.shape and (a[:, 0] == b[:, 0]).all()
+    return np.abs(a - b).max()
+
+
+def test_a_checkpoint_goes_on_in_any_number_of_processes(trained):
+    settings = ["--optimizer=muon", "--eval_interval=10"]
+    trained.run("train.py", *SETTINGS, *settings, "--out_dir=muon", "--max_iters=30")
+    reference, out = trained.folder / "muon", trained.folder / "moved"
+    resume = ["--init_from=resume", "--out_dir=moved", *settings]
+    finish(torchrun(trained, *resume, "--max_iters=10", "--strategy=fsdp"))
+    trained.run("train.py", *SETTINGS, *resume, "--max_iters=16")
+    finish(torchrun(trained, *resume, "--max_iters=24"))
+    finish(torchrun(trained, *resume, "--max_iters=30", "--strategy=fsdp"))
+    log = rows(out, ["iter"])
+    assert log == rows(reference, ["iter"])
+    a, b = (np.array(rows(folder, ["loss", "grad_norm"]), dtype=float) for folder in (reference, out))
+    assert np.abs(a - b).max() < 1e-4
+    a, b = (load_checkpoint(folder / "latest.pt") for folder in (reference, out))
+    assert a["best_val_loss"] == pytest.approx(b["best_val_loss"], abs=1e-4)
+    for name in a["model"]:
+        torch.testing.assert_close(a["model"][name], b["model"][name], atol=1e-4, rtol=0)
+
+
+def test_stopped_and_killed_processes_end_as_if_never_interrupted(trained):
+    settings = ["--max_iters=300", "--eval_interval=100", "--checkpoint_interval=7", "--init_from=resume"]
+    trained.run("train.py", *SETTINGS, *settings, "--out_dir=whole")
+    out = trained.folder / "broken"
+    process = torchrun(trained, *settings, "--out_dir=broken")
+    wait_for_step(out, 7, process)
+    process.terminate()
+    assert "stopped by signal 15 after step" in finish(process, code=1)
+    stopped = load_checkpoint(out / "latest.pt")["iter_num"]
+    assert 7 <= stopped < 300
+    process = torchrun(trained, "--max-restarts=1", *settings, "--out_dir=broken")
+    wait_for_step(out, stopped + 14, process)
+    workers = subprocess.run(["ps", "--no-headers", "-o", "pid", "--ppid", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    printed = finish(process)  # torchrun starts both anew, and they go on from latest.pt
+    assert printed.count("resuming broken after step") == 2
+    assert difference(trained.folder / "whole", out) < 1e-4
+
+
+def test_an_error_of_the_first_process_ends_all(trained):
+    (trained.folder / "stuck" / "best.pt.tmp").mkdir(parents=True)  # where the file would be written
+    printed = finish(torchrun(trained, "--max_iters=1", "--strategy=fsdp", "--out_dir=stuck"), code=1)
+    assert printed.count("error: ") == 1 and "best.pt cannot be written" in printed
