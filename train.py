@@ -95,7 +95,13 @@ distributed = "RANK" in os.environ
 if distributed:
     local_rank = int(os.environ["LOCAL_RANK"])
     device = device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
-    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    store = next(torch.distributed.rendezvous("env://"))[0]
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun's store outlives a restart; under a name of their own, the new processes do not find the addresses of
+        # the dead. (Machines may count restarts differently: for several, the README has another way.)
+        store = torch.distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def say(*words):

@@ -12,8 +12,9 @@ from checkpoint import load_checkpoint
 from test_train import rows
 
 SETTINGS = ["--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
-            "--gradient_accumulation_steps=4", "--dtype=float32", "--log_interval=1", "--warmup_iters=0", "--min_lr=1e-3"]
-COLUMNS = ["iter", "tokens", "loss", "train_loss", "val_loss", "grad_norm"]
+            "--gradient_accumulation_steps=4", "--dtype=float32", "--log_interval=1", "--warmup_iters=0",
+            "--min_lr=1e-3"]  # a constant rate, so that a run may stop at any max_iters and go on
+COLUMNS = ["iter", "tokens", "loss", "train_loss", "val_loss"]
 
 
 def torchrun(trained, *arguments):
@@ -25,7 +26,7 @@ def torchrun(trained, *arguments):
 
 
 def finish(process, code=0):
-    printed = process.communicate(timeout=120)[0]
+    printed = process.communicate(timeout=300)[0]
     assert (process.returncode == 0) == (code == 0), printed
     assert "terminate called" not in printed, printed
     return printed
@@ -53,9 +54,8 @@ def test_a_checkpoint_goes_on_in_any_number_of_processes(trained):
     trained.run("train.py", *SETTINGS, *resume, "--max_iters=16")
     finish(torchrun(trained, *resume, "--max_iters=24"))
     finish(torchrun(trained, *resume, "--max_iters=30", "--strategy=fsdp"))
-    log = rows(out, ["iter"])
-    assert log == rows(reference, ["iter"])
-    a, b = (np.array(rows(folder, ["loss", "grad_norm"]), dtype=float) for folder in (reference, out))
+    assert rows(out, ["iter"]) == rows(reference, ["iter"])
+    a, b = (np.array(rows(folder, ["loss"]), dtype=float) for folder in (reference, out))
     assert np.abs(a - b).max() < 1e-4
     a, b = (load_checkpoint(folder / "latest.pt") for folder in (reference, out))
     assert a["best_val_loss"] == pytest.approx(b["best_val_loss"], abs=1e-4)
@@ -64,7 +64,7 @@ def test_a_checkpoint_goes_on_in_any_number_of_processes(trained):
 
 
 def test_stopped_and_killed_processes_end_as_if_never_interrupted(trained):
-    settings = ["--max_iters=300", "--eval_interval=100", "--checkpoint_interval=7", "--init_from=resume"]
+    settings = ["--max_iters=200", "--eval_interval=100", "--checkpoint_interval=7", "--init_from=resume"]
     trained.run("train.py", *SETTINGS, *settings, "--out_dir=whole")
     out = trained.folder / "broken"
     process = torchrun(trained, *settings, "--out_dir=broken")
@@ -72,11 +72,11 @@ def test_stopped_and_killed_processes_end_as_if_never_interrupted(trained):
     process.terminate()
     assert "stopped by signal 15 after step" in finish(process, code=1)
     stopped = load_checkpoint(out / "latest.pt")["iter_num"]
-    assert 7 <= stopped < 300
+    assert 7 <= stopped < 160
     process = torchrun(trained, "--max-restarts=1", *settings, "--out_dir=broken")
     wait_for_step(out, stopped + 14, process)
-    workers = subprocess.run(["ps", "--no-headers", "-o", "pid", "--ppid", str(process.pid)], capture_output=True, text=True)
-    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    workers = subprocess.check_output(["ps", "--no-headers", "-o", "pid", "--ppid", str(process.pid)], text=True)
+    os.kill(int(workers.split()[-1]), signal.SIGKILL)
     printed = finish(process)  # torchrun starts both anew, and they go on from latest.pt
     assert printed.count("resuming broken after step") == 2
     assert difference(trained.folder / "whole", out) < 1e-4
