@@ -10,7 +10,6 @@ and optimizers are timed. The settings below are this script's; those of train.p
 import contextlib
 import io
 import json as json_format
-import resource
 import statistics
 import sys
 import tempfile
@@ -171,8 +170,8 @@ memory, formula = measured_memory(), memory_by_formula()
 measured = [timed_step(i) for i in range(3, 3 + steps)]
 parts = {part: statistics.median(m[part] for m in measured) for part in PARTS}
 step_seconds = statistics.median(sum(m.values()) for m in measured)
-# Before the matrices of matrix_peak: the device's, or the whole process's.
-peak_memory = torch.cuda.max_memory_allocated() if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Before the matrices of matrix_peak.
+peak_memory = train.peak_memory()
 evaluation = evaluation_speed()
 peaks = {dtype: matrix_peak(getattr(torch, dtype)) for dtype in dict.fromkeys(("float32", train.dtype))}
 tokens = train.rows * train.block_size // train.world

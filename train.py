@@ -62,6 +62,8 @@ eval_tokens = 2_000_000            # tokens of each split that an evaluation rea
 eval_only = False                  # evaluate the model once and stop; no log, no checkpoint
 patience: int | None = None        # stop after this many evaluations (at least 1) without a lower validation loss; None: never
 log_interval = 10                  # steps between lines of the log
+tensorboard = False                # write the log for TensorBoard too (pip install tensorboard), in out_dir
+wandb = False                      # send the log to Weights & Biases too (pip install wandb)
 checkpoint_interval = 250          # steps between checkpoints; there is one after the last step in any case
 # machine
 device: str | None = None          # cpu, cuda, cuda:1, mps; None: the best there is
@@ -208,6 +210,14 @@ if strategy == "fsdp" and not distributed:
 completed = checkpoint["iter_num"] if checkpoint else -1
 if over_processes(completed, "MAX") != over_processes(completed, "MIN"):
     leave(f"the processes find different checkpoints in {out_dir}; copy latest.pt to every machine, or share the folder")
+
+try:
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+    if wandb:
+        import wandb as weights_and_biases
+except ImportError as e:
+    leave(f"--tensorboard needs pip install tensorboard, --wandb pip install wandb ({e})")
 
 # --- data ---
 
@@ -413,11 +423,54 @@ if rank == 0:
     Path(out / "log.csv.tmp").replace(out / "log.csv")
 
 
+if rank == 0 and tensorboard:
+    board = SummaryWriter(out)
+if rank == 0 and wandb:
+    weights_and_biases.init(project="gpt", dir=out, config=config)
+
+
 def log(**row):
     """Appends a row to log.csv; what is not given stays empty."""
-    if rank == 0:
-        with open(out / "log.csv", "a", newline="") as f:
-            csv.DictWriter(f, COLUMNS).writerow({k: f"{v:.12g}" for k, v in row.items()})
+    if rank > 0:
+        return
+    with open(out / "log.csv", "a", newline="") as f:
+        csv.DictWriter(f, COLUMNS).writerow({k: f"{v:.12g}" for k, v in row.items()})
+    if tensorboard:
+        for name, value in row.items():
+            board.add_scalar(name, value, row["iter"])
+        board.flush()
+    if wandb:
+        weights_and_biases.log(row, step=row["iter"])
+
+
+# FLOP/s of matrix products in 16 bits, without sparsity, as NVIDIA's data sheets give them.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12, "V100": 125e12, "T4": 65e12}
+
+
+def peak_flops():
+    """FLOP/s of one device's matrix products and where the figure comes from; None for a device that is not known."""
+    if device_type == "cuda":
+        name = torch.cuda.get_device_name()
+        return next((peak for key, peak in PEAKS.items() if key in name), None), f"{name}'s data sheet"
+    if device_type != "cpu":
+        return None, ""
+    a, times = torch.ones(1024, 1024, dtype=getattr(torch, dtype)), []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * 1024 ** 3 / min(times), "measured now"
+
+
+def peak_memory():
+    """The most bytes that the device, or on a CPU this process, has held at once; 0 where that is not known."""
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def what_is_left():
@@ -433,6 +486,10 @@ def clock(s):
 
 # --- training ---
 
+machine_peak, source = peak_flops()
+flops_per_token = raw_model.flops_per_token(block_size)
+if machine_peak:
+    say(f"peak of matrix products in {dtype}: {machine_peak / 1e12:.2f} TFLOP/s ({source})")
 warmup = max_iters // 10 if warmup_iters is None else warmup_iters
 min_ratio = 0.1 if min_lr is None else min_lr / learning_rate
 start_iter, start_seconds, loss_now, stop = iter_num, seconds, None, 0
@@ -473,8 +530,9 @@ while iter_num < max_iters and not stop:
         seconds, mark = seconds + now - mark, now
         speed = (iter_num - logged_at) * rows * block_size / (seconds - logged_seconds)
         left = (max_iters - iter_num) * (seconds - start_seconds) / (iter_num - start_iter)
+        of_peak = f" ({speed * flops_per_token / machine_peak / world:.0%} of peak)" if machine_peak else ""
         say(f"step {iter_num}/{max_iters}  loss {loss_now:.4f}  lr {learning_rate * scale:.2e}  "
-            f"grad norm {grad_norm.item():.3f}  {speed:,.0f} tokens/s  {clock(left)} left")
+            f"grad norm {grad_norm.item():.3f}  {speed:,.0f} tokens/s{of_peak}  {clock(left)} left")
         logged_at, logged_seconds = iter_num, seconds
         if not math.isfinite(loss_now):
             leave(f"the loss is {loss_now} at step {iter_num}; {what_is_left()}; try a lower learning rate")
@@ -512,7 +570,7 @@ if stop:
 if loss_now is None:
     say(f"nothing to do: the run has {iter_num} steps already, and max_iters is {max_iters}; raise --max_iters to go on")
 else:
-    say(f"done in {clock(seconds)} of training, lowest validation loss {best_val_loss:.4f}; "
-        f"next: python sample.py{where}")
+    say(f"done in {clock(seconds)} of training, at most {peak_memory() / 1e9:.2f} GB of memory, lowest validation loss "
+        f"{best_val_loss:.4f}; next: python sample.py{where}")
 if __name__ == "__main__":  # bench_train.py executes this file too, and goes on with what it defines
     end()
