@@ -60,9 +60,6 @@ def load_checkpoint(path):
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has checkpoint format {version}, this program reads {FORMAT_VERSION}; train anew")
-    missing = {"model", "model_args", "config", "tokenizer", "iter_num"} - checkpoint.keys()
-    if missing:
-        raise ValueError(f"{path} lacks {min(missing)!r}: it is not a checkpoint of train.py")
     return checkpoint
 
 
@@ -74,6 +71,9 @@ def load_model(out_dir):
         raise FileNotFoundError(f"no checkpoint in {out_dir}: train one first, "
                                 "for example with python train.py config/train_shakespeare_char.py")
     checkpoint = load_checkpoint(path)
+    missing = {"model", "model_args", "tokenizer"} - checkpoint.keys()
+    if missing:
+        raise ValueError(f"{path} lacks {min(missing)!r}: it is not a checkpoint of train.py")
     model = GPT(GPTConfig(**checkpoint["model_args"]))
     model.load_state_dict(checkpoint["model"])
     return model.eval(), load_tokenizer(checkpoint["tokenizer"]), checkpoint
