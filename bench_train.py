@@ -32,6 +32,9 @@ while words:
     if word in ("--steps", "--json") and words:
         sys.argv.append(words.pop(0))
 exec((Path(__file__).resolve().parent / "configurator.py").read_text(encoding="utf-8"))
+own = ("init_from=resume", "out_dir", "max_iters", "eval_only", "eval_tokens", "tensorboard", "wandb")
+if any(a.startswith(tuple(f"--{name}" for name in own)) for a in arguments):
+    sys.exit(f"error: bench_train.py decides itself on {', '.join(own)}; leave them out")
 if steps < 1:
     sys.exit(f"error: steps must be at least 1, got {steps}")
 

@@ -7,10 +7,8 @@ from conftest import TINY
 
 
 @pytest.mark.parametrize("settings", [
-    ("--dtype=float32",),
     ("--dtype=float32", "--dropout=0.1", "--bias=True"),
-    ("--dtype=bfloat16", "--optimizer=muon", "--gradient_accumulation_steps=2"),
-    ("--dtype=bfloat16", "--dropout=0.1")])
+    ("--dtype=bfloat16", "--dropout=0.0", "--optimizer=muon", "--gradient_accumulation_steps=2")])
 def test_memory_is_as_the_formula_says(trained, tmp_path, settings):
     printed = trained.run("bench_train.py", *TINY, "--n_embd=64", *settings, "--steps=2", f"--json={tmp_path}/train.json")
     record, = json.loads((tmp_path / "train.json").read_text())
@@ -25,4 +23,5 @@ def test_memory_is_as_the_formula_says(trained, tmp_path, settings):
 
 def test_errors(trained):
     assert "steps must be at least 1" in trained.fails("bench_train.py", "--steps=0")
+    assert "decides itself" in trained.fails("bench_train.py", "--max_iters=9")
     assert "nonsense" in trained.fails("bench_train.py", "--nonsense=1")
