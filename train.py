@@ -100,7 +100,7 @@ if distributed:
     store = next(torch.distributed.rendezvous("env://"))[0]
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun's store outlives a restart; under a name of their own, the new processes do not find the addresses of
-        # the dead. (Several machines may count restarts differently, so they are started again by hand.)
+        # the dead. (Several machines may count restarts differently: for them, the README names torch's own switch.)
         store = torch.distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
