@@ -1,11 +1,11 @@
 """Where the time of a training step goes, and how near it comes to what the machine's matrix products can do.
 
-    python bench_train.py config/quick.py                            # any settings of train.py
+    python bench_train.py config/quick.py                            # any settings of train.py's model and machine
     python bench_train.py config/quick.py --dtype=float32 --steps=50 --profile
     python bench_train.py config/quick.py --json=train.json          # for plot.py --what=train
 
-The other arguments go to train.py, which is executed here for one step, in a temporary folder; then its own model, batches
-and optimizers are timed. The settings below are this script's; those of train.py: python train.py --help
+The other arguments go to train.py, which is executed here for one step, in a temporary folder; then its own model,
+batches and optimizers are timed. The settings below are this script's; those of train.py: python train.py --help
 """
 import contextlib
 import io
@@ -41,7 +41,7 @@ if steps < 1:
 # --- train.py, for one step ---
 
 path = Path(__file__).resolve().parent / "train.py"
-namespace = {"__name__": "bench_train", "__file__": str(path)}  # not "__main__": train.py does not end the process then
+namespace = {"__name__": "bench_train", "__file__": str(path)}  # as "__main__", train.py would end the process
 with tempfile.TemporaryDirectory() as folder:
     sys.argv[1:] = [*arguments, "--max_iters=1", "--eval_tokens=1", f"--out_dir={folder}/out"]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -100,8 +100,8 @@ def local_bytes(tensors):
 
 
 def measured_memory():
-    """Bytes of the parameters, the gradients, the optimizers' state, and what the forward pass keeps for the backward pass: each
-    storage once, without the parameters themselves."""
+    """Bytes of the parameters, the gradients, the optimizers' state, and what the forward pass keeps for the backward
+    pass: each storage once, without the parameters themselves."""
     kept = {}
     parameters = {p.untyped_storage()._cdata for p in train.params}
 
@@ -126,20 +126,20 @@ def measured_memory():
 
 
 def memory_by_formula():
-    """The same by counting; README.md explains the terms. A compiled model keeps less: it computes some of this again."""
+    """The same by counting; README.md explains the terms. A compiled model keeps less, and computes some anew."""
     c, T = train.raw_model.config, train.block_size
     P = train.raw_model.num_parameters()
     matrices = 12 * c.n_layer * c.n_embd ** 2  # numbers in the blocks' matrices
     size = 4 if train.dtype == "float32" else 2  # bytes of a number in the products' dtype
     layer = 8 * c.n_embd + 14 * size * c.n_embd  # bytes a token
-    if train.device_type == "cpu" and (train.dtype == "bfloat16" or c.dropout):  # attention written out stores its weights
+    if train.device_type == "cpu" and (train.dtype == "bfloat16" or c.dropout):  # attention's weights, written out
         layer += size * c.n_head * T * (3 if c.dropout else 1)
     if c.dropout:
         layer += 2 * size * c.n_embd
     ends = (4 + size + (4 if c.dropout else 0)) * c.n_embd + 4 * c.vocab_size
     copies = 0 if size == 4 else size * (matrices + c.vocab_size * c.n_embd)  # of the matrices, in the products' dtype
     shards = train.world if train.strategy == "fsdp" else 1
-    if train.strategy == "fsdp":  # a block is freed after use, but the embeddings and the last norm stay until the backward pass
+    if train.strategy == "fsdp":  # a block is freed after use; embeddings and last norm stay for the backward pass
         copies += 4 * (P - train.raw_model.num_parameters(embeddings=False) + c.n_embd * (1 + c.bias))
     return {"parameters": 4 * P // shards, "gradients": 4 * P // shards,
             "optimizer": (8 * P - (4 * matrices if train.optimizer == "muon" else 0)) // shards,
@@ -173,21 +173,20 @@ memory, formula = measured_memory(), memory_by_formula()
 measured = [timed_step(i) for i in range(3, 3 + steps)]
 parts = {part: statistics.median(m[part] for m in measured) for part in PARTS}
 step_seconds = statistics.median(sum(m.values()) for m in measured)
-# Before the matrices of matrix_peak.
-peak_memory = train.peak_memory()
+peak_memory = train.peak_memory()  # before matrix_peak, whose matrices are no part of training
 evaluation = evaluation_speed()
 peaks = {dtype: matrix_peak(getattr(torch, dtype)) for dtype in dict.fromkeys(("float32", train.dtype))}
 tokens = train.rows * train.block_size // train.world
 flops = tokens * train.raw_model.flops_per_token(train.block_size) / step_seconds
 
 train.say(f"{' '.join(arguments) or 'the default settings of train.py'}: {train.raw_model.num_parameters():,} parameters on "
-      f"{train.device} in {train.dtype}{', compiled' if train.compile else ''}, {tokens:,} tokens a step")
+          f"{train.device} in {train.dtype}{', compiled' if train.compile else ''}, {tokens:,} tokens a step")
 train.say(f"a step: {step_seconds * 1e3:.1f} ms (median of {steps}), {tokens / step_seconds:,.0f} tokens/s")
 for part, seconds in parts.items():
     train.say(f"  {part:<10} {seconds * 1e3:8.2f} ms  {seconds / step_seconds:4.0%}")
 train.say(f"evaluation: {evaluation:,.0f} tokens/s")
 train.say(f"arithmetic: {flops / 1e9:,.0f} GFLOP/s; this machine's matrix products: "
-      + ", ".join(f"{peak / 1e9:,.0f} in {dtype} (the step reaches {flops / peak:.0%})" for dtype, peak in peaks.items()))
+          + ", ".join(f"{peak / 1e9:,.0f} in {dtype} (the step reaches {flops / peak:.0%})" for dtype, peak in peaks.items()))
 train.say("memory, measured and by formula: " + ", ".join(
     f"{part} {memory[part] / 1e6:,.1f} MB ({formula[part] / 1e6:,.1f})" for part in formula)
     + f", together {sum(memory.values()) / 1e6:,.1f} MB ({sum(formula.values()) / 1e6:,.1f})")

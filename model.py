@@ -87,12 +87,14 @@ class Linear(nn.Linear):
 # --- dropout ---
 
 def dropout(x, p):
-    """Zeroes each number with probability p and divides the others by 1 - p, which keeps the expected sum (Srivastava et al. 2014)."""
+    """Zeroes each number with probability p and divides the others by 1 - p, which keeps the expected sum
+    (Srivastava et al. 2014)."""
     if p == 0.0 or x.device.type != "cpu":
         return F.dropout(x, p)
-    # On a CPU, F.dropout takes longer than the layers around it. 16 random bits a number, drawn 64 at a time, do as well.
+    # On a CPU, F.dropout draws a float for each number, which takes longer than the layers around it. 16 random bits
+    # do as well (p is rounded to 1/65536), and come 64 at a time.
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
-    keep = bits[:x.numel()].view(x.shape) >= round(p * 2 ** 16) - 2 ** 15
+    keep = bits[:x.numel()].view(x.shape) >= min(round(p * 2 ** 16), 2 ** 16 - 1) - 2 ** 15
     return x * (keep.to(x.dtype) / (1.0 - p))
 
 
@@ -124,13 +126,14 @@ def attention(q, k, v, dropout_p=0.0):
 
 
 def fast_attention(q, k, v, dropout_p=0.0, mask=None):
-    """The output of `attention` by PyTorch's fused kernel, which never stores the T x S scores. mask: which of S cached
-    positions count, where it is not all of them."""
+    """The output of `attention`, by PyTorch's fused kernel, which never stores the T x S scores, wherever that is
+    faster. mask: which of S cached positions count, where it is not all of them."""
     T, S = q.size(-2), k.size(-2)
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if q.device.type == "cpu" and (dropout_p > 0.0 or (q.dtype == torch.bfloat16 and q.requires_grad)):
-        # The CPU's fused kernel has no dropout, and a slow way back in bfloat16: written out, a layer trains about twice as fast.
+        # The CPU's fused kernel has no dropout, and a slow way back in bfloat16: written out, attention trains about
+        # twice as fast.
         return attention(q, k, v, dropout_p)[0]
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
@@ -188,9 +191,10 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer. The residual stream x passes through untouched; attention and MLP read a normalised copy of it and
-    add what they found. This Pre-LN order keeps an identity path from the loss to every block, which no layer rescales,
-    so gradients arrive at any depth (verify_gradients.py shows it). In the Post-LN of 2017, norm(x + f(x)), each layer rescales the stream, and deep models
-    train only with a careful warmup (Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture").
+    add what they found. This Pre-LN order keeps an identity path from the loss to every block, which no layer
+    rescales, so gradients arrive at any depth (verify_gradients.py shows it). In the Post-LN of 2017, norm(x + f(x)),
+    each layer rescales the stream, and deep models train only with a careful warmup (Xiong et al. 2020, "On Layer
+    Normalization in the Transformer Architecture").
     For the same reason dropout acts on what is added, embeddings included, never on the stream after an addition."""
 
     def __init__(self, config):
@@ -401,8 +405,8 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
                eos_id=None, num_samples=1, use_cache=True, generator=None):
         """Yields the new ids of each step, (B * num_samples,): the first num_samples of them continue the first row of
-        idx (B, T), the next the second, and so on. Stops after max_new_tokens, or when every row has produced eos_id; rows that have are padded
-        with it. temperature 0 takes the likeliest token. use_cache=False re-encodes everything at every step: slow,
+        idx (B, T), the next the second, and so on. Stops after max_new_tokens, or when every row has produced eos_id;
+        rows that have are padded with it. temperature 0 takes the likeliest token. use_cache=False re-encodes everything at every step: slow,
         the reference. ValueError for an argument out of range or an id outside the vocabulary."""
         check_sampling(temperature, top_k, top_p, repetition_penalty)
         if max_new_tokens < 0:

@@ -270,8 +270,9 @@ windows = max(1, len(train_data) // block_size - 1)  # in one pass over the trai
 
 @functools.lru_cache(2)
 def shuffled(epoch):
-    """Where the windows of one pass start: they tile the data from a random offset, and come in random order. So all text
-    is seen equally often, which trains better than windows drawn independently, some twice before others once."""
+    """Where the windows of one pass start: they tile the data from a random offset, and come in random order. So all
+    text is seen equally often (less than two windows at the ends are left out, other ones in each pass), which trains
+    better than windows drawn independently, some twice before others once."""
     rng = np.random.default_rng((seed, epoch))
     return rng.integers(len(train_data) - windows * block_size) + block_size * rng.permutation(windows)
 
@@ -444,7 +445,8 @@ def log(**row):
 
 
 # FLOP/s of matrix products in 16 bits, without sparsity, as NVIDIA's data sheets give them.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12, "V100": 125e12, "T4": 65e12}
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12,
+         "V100": 125e12, "T4": 65e12}
 
 
 def peak_flops():
@@ -563,6 +565,8 @@ while iter_num < max_iters and not stop:
         say(f"stopping early: {bad_evals} evaluations without a lower validation loss")
         break
 
+if rank == 0 and wandb:
+    weights_and_biases.finish()  # what it has not sent yet; os._exit in end() would cut it off
 where = "" if out_dir == "out" else f" --out_dir={out_dir}"
 if stop:
     say(f"stopped by signal {stop} after step {iter_num}; go on with: python train.py --init_from=resume{where}")

@@ -118,7 +118,7 @@ def test_attention_maps():
     torch.testing.assert_close(maps[1], model.h[1].attn(model.h[1].ln_1(hidden), return_weights=True)[1])
 
 
-@pytest.mark.parametrize("p", [0.001, 0.1, 0.7])
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.7, 0.9999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_zeroes_a_share_p_and_keeps_the_mean(p, dtype):
     torch.manual_seed(0)
@@ -131,6 +131,10 @@ def test_dropout_zeroes_a_share_p_and_keeps_the_mean(p, dtype):
     assert neighbours == pytest.approx(p ** 2, rel=0.05, abs=1e-5)
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())  # the gradient passes where the number did
+
+
+def test_dropout_of_nearly_all():
+    assert (dropout(torch.ones(100_000), 0.9999999) == 0).float().mean() > 0.999
 
 
 def test_dropout_acts_in_both_paths_and_only_in_training():

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -77,6 +78,29 @@ def test_two_runs_are_the_same_and_the_first_is_kept(trained):
     assert same_run(first, trained.folder / "again.1")
     trained.run("train.py", *TINY, "--max_iters=30", "--out_dir=again", "--seed=2")
     assert rows(first) != rows(trained.folder / "again.1")
+
+
+def test_a_pass_sees_every_window_once(trained):
+    """In the batches of train.py, executed up to its end for one step, as bench_train.py does."""
+    script = f"""
+import sys, numpy as np
+sys.argv[1:] = {[*TINY, "--max_iters=1", "--out_dir=windows", "--batch_size=2"]}
+train = {{"__name__": "test", "__file__": {str(trained.folder / "train.py")!r}}}
+exec(open(train["__file__"]).read(), train)
+data, n, T = train["train_data"], train["windows"], train["block_size"]
+assert n == len(data) // T - 1
+steps = [train["get_batch"](step) for step in range(n)]  # two passes: a step has two rows
+seen = [np.concatenate((x[row], y[row, -1:])) for x, y in steps for row in range(2)]
+for epoch in range(2):
+    starts = train["shuffled"](epoch)
+    assert (np.diff(np.sort(starts)) == T).all() and starts.min() >= 0 and starts.max() + T + 1 <= len(data)
+    assert (np.diff(starts) != T).any()
+    for start, window in zip(starts, seen[epoch * n:(epoch + 1) * n], strict=True):
+        assert (window == data[start:start + T + 1]).all()
+assert list(train["shuffled"](0)) != list(train["shuffled"](1))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=trained.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_accumulation_is_a_larger_batch(trained):
