@@ -1,86 +1,225 @@
-"""Saving and loading: a run's checkpoints, and GPT-2 weights in Hugging Face's format.
+"""Saving and loading: a run's folder with its checkpoints and its log, and GPT-2 weights in Hugging Face's format.
 
     python checkpoint.py --out_dir=out --export=FOLDER    # the run's best model as a Hugging Face folder
 
 A checkpoint is one file, written by torch.save and read with weights_only=True, so that it can hold tensors and plain
 values but no code. `out/latest.pt` is for resuming, `out/best.pt` (the lowest validation loss) for sampling.
 """
-import json
 import os
-import sys
+
+out_dir = "out"              # the run to export
+export: str | None = None    # the folder to write: config.json, model.safetensors and, for byte pairs, the tokenizer
+
+if __name__ == "__main__":  # settings are read before the heavy imports, so that --help and a typo answer at once
+    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+
+import copy
+import csv
+import dataclasses
+import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from distributed import is_main_process
+from files import UserError, write_atomically
 from model import GPT, GPTConfig
-from tokenizer import BPETokenizer, fetch_vocabulary, load_tokenizer, write_atomically
+from tokenizer import BPETokenizer, fetch_vocabulary, load_tokenizer
 
-out_dir = "out"              # the run to export
-export: str | None = None    # the folder to write: config.json, model.safetensors and, for byte-pair models, the tokenizer
-
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
-# --- a run's checkpoints ---
+# --- checkpoints ---
 
 def save_checkpoint(path, checkpoint):
     """Writes a dict of tensors and plain values to `path`. The file appears whole or not at all: it is written under
-    another name, synced to the disk, then renamed. ValueError if a tensor is not finite, and nothing is written."""
-    _check_finite(checkpoint)
+    another name, synced to the disk, then renamed. UserError if a tensor is not finite, OSError if the file cannot be
+    written; the earlier file stays."""
+    check_finite(checkpoint)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(checkpoint | {"format_version": FORMAT_VERSION}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint | {"format_version": FORMAT_VERSION}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as e:  # torch.save raises either when the disk is full
+        if temporary.is_file():
+            temporary.unlink()
+        raise UserError(f"{path} cannot be written: {first_line(e)}") from e
 
 
-def _check_finite(value, name="checkpoint"):
+def check_finite(value, name="checkpoint"):
+    """UserError if a tensor in this value is not finite."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"{name} is not finite, so nothing was saved")
+            raise UserError(f"{name} is not finite, so nothing was saved; try a lower learning rate")
     elif isinstance(value, dict):
         for key, item in value.items():
-            _check_finite(item, f"{name}[{key!r}]")
+            check_finite(item, f"{name}[{key!r}]")
     elif isinstance(value, (list, tuple)):
         for item in value:
-            _check_finite(item, name)
+            check_finite(item, name)
 
 
 def load_checkpoint(path):
-    """Path -> the dict, on the CPU. ValueError if the file is not such a checkpoint, FileNotFoundError without one."""
+    """Path -> the dict, on the CPU, in today's format. UserError if the file is not such a checkpoint,
+    FileNotFoundError without one."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception:  # torch.load raises many kinds for a file that is cut short, or not its own, or unsafe
-        raise ValueError(f"{path} cannot be read: it is damaged or not a checkpoint; delete it or restore a copy") from None
+        raise UserError(f"{path} cannot be read: it is damaged or not a checkpoint; delete it or restore a copy"
+                        ) from None
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has checkpoint format {version}, this program reads {FORMAT_VERSION}; train anew")
+    if version not in (1, FORMAT_VERSION):
+        raise UserError(f"{path} has checkpoint format {version}, but this program reads {FORMAT_VERSION}; train anew")
+    return upgrade(checkpoint)
+
+
+def upgrade(checkpoint):
+    """Brings a checkpoint of an earlier version up to date."""
+    if checkpoint["format_version"] == 1 and "model_args" in checkpoint:
+        # The model's shape stood in `model_args`, and once more among the settings.
+        shape = checkpoint.pop("model_args")
+        checkpoint |= {"model_config": shape, "format_version": 2,
+                       "config": {k: v for k, v in checkpoint.get("config", {}).items() if k not in shape}}
     return checkpoint
 
 
+def model_config(fields, path):
+    """A checkpoint's `model_config` -> GPTConfig. A field that was added since has its default. UserError for a field
+    that model.py does not know or a value out of range."""
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(GPTConfig)}
+    if unknown:
+        raise UserError(f"{path} has the model setting {min(unknown)!r}, which model.py does not know")
+    try:
+        return GPTConfig(**fields)
+    except ValueError as e:
+        raise UserError(f"{path}: {e}") from None
+
+
+def load_weights(model, state, path):
+    """Puts a state dict into the model. UserError if it does not fit."""
+    own = model.state_dict()
+    for name in [*own, *state]:
+        if name not in own or name not in state or own[name].shape != state[name].shape:
+            raise UserError(f"{path} does not fit model.py: the tensor {name} is " + (
+                "unknown to the model" if name not in own else "missing" if name not in state else
+                f"of shape {tuple(state[name].shape)}, not {tuple(own[name].shape)}"))
+    model.load_state_dict(state)
+
+
 def load_model(out_dir):
-    """A run's folder -> model (in eval mode, on the CPU), tokenizer, checkpoint: of best.pt, else latest.pt.
-    FileNotFoundError if there is neither, ValueError if it cannot be read."""
+    """A run's folder -> model (in eval mode, on the CPU), tokenizer, checkpoint: of best.pt, else latest.pt. UserError
+    if there is neither, or if it cannot be read."""
     path = next((p for p in (Path(out_dir, "best.pt"), Path(out_dir, "latest.pt")) if p.is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"no checkpoint in {out_dir}: train one first, "
-                                "for example with python train.py config/train_shakespeare_char.py")
+        raise UserError(f"no checkpoint in {out_dir}: train one first, "
+                        "for example with python train.py config/train_shakespeare_char.py")
     checkpoint = load_checkpoint(path)
-    missing = {"model", "model_args", "tokenizer"} - checkpoint.keys()
+    missing = {"model", "model_config", "tokenizer"} - checkpoint.keys()
     if missing:
-        raise ValueError(f"{path} lacks {min(missing)!r}: it is not a checkpoint of train.py")
-    model = GPT(GPTConfig(**checkpoint["model_args"]))
-    model.load_state_dict(checkpoint["model"])
+        raise UserError(f"{path} lacks {min(missing)!r}: it is not a checkpoint of train.py")
+    model = GPT(model_config(checkpoint["model_config"], path))
+    load_weights(model, checkpoint["model"], path)
     return model.eval(), load_tokenizer(checkpoint["tokenizer"]), checkpoint
 
 
-def _first_line(e):
+def get_state(model, optimizers):
+    """The states of the model and the optimizers, whole and on the CPU, whether one process has them or many have
+    parts (then all must call this)."""
+    return get_state_dict(model, optimizers, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def set_state(model, optimizers, checkpoint):
+    """The reverse. The checkpoint gives the weights and the optimizers' moments; rates, decay and the like stay as the
+    settings have them."""
+    settings = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
+    set_state_dict(model, optimizers, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"],
+                   options=StateDictOptions(full_state_dict=True))
+    for optimizer, groups in zip(optimizers, settings, strict=True):
+        for group, kept in zip(optimizer.param_groups, groups, strict=True):
+            group.update(kept)
+
+
+def first_line(e):
+    """The first line of an exception's message."""
     return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+
+# --- the run's folder ---
+
+def move_earlier_run(folder):
+    """Renames a folder that holds a run to folder.1, folder.2, ..."""
+    if any((folder / name).exists() for name in ("latest.pt", "best.pt")):
+        n = 1
+        while Path(f"{folder}.{n}").exists():
+            n += 1
+        folder.rename(f"{folder}.{n}")
+        print(f"{folder} held an earlier run: moved it to {folder}.{n}", flush=True)
+
+
+class Log:
+    """A run's log.csv, and the same figures for TensorBoard and Weights & Biases. A new run moves an earlier one out of
+    its folder; a resumed run keeps the rows up to iter_num. Only the main process writes."""
+    COLUMNS = ["iter", "tokens", "seconds", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second"]
+
+    def __init__(self, folder, resumed, iter_num, config, tensorboard=False, wandb=False):
+        self.path, self.board, self.wandb = Path(folder, "log.csv"), None, None
+        if not is_main_process():
+            return
+        try:
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+            if wandb:
+                import wandb as weights_and_biases
+        except ImportError as e:
+            raise UserError(f"--{e.name} needs: pip install {e.name}") from None
+        if not resumed:
+            move_earlier_run(Path(folder))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = []
+        if resumed and self.path.exists():
+            with open(self.path, newline="", encoding="utf-8") as f:
+                rows = [row for row in csv.DictReader(f) if int(row["iter"]) <= iter_num]
+        temporary = self.path.with_name("log.csv.tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, self.COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self.path)
+        self.board = SummaryWriter(folder) if tensorboard else None
+        self.wandb = weights_and_biases.init(project="gpt", dir=folder, config=config) if wandb else None
+
+    def write(self, **row):
+        """Appends a row to log.csv; columns that are not given stay empty."""
+        if not is_main_process():
+            return
+        with open(self.path, "a", newline="", encoding="utf-8") as f:
+            csv.DictWriter(f, self.COLUMNS).writerow({k: f"{v:.12g}" for k, v in row.items()})
+        if self.board:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["iter"])
+            self.board.flush()
+        if self.wandb:
+            self.wandb.log(row, step=row["iter"])
+
+    def close(self):
+        """Sends what Weights & Biases has not sent yet."""
+        if self.wandb:
+            self.wandb.finish()
+
+
+def format_seconds(s):
+    """Seconds -> h:mm:ss, without the hours if there are none."""
+    s = round(s)
+    return f"{s // 3600}:{s % 3600 // 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"
 
 
 # --- GPT-2 weights in Hugging Face's format ---
@@ -89,58 +228,68 @@ def _first_line(e):
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def load_pretrained(name_or_folder):
+def load_pretrained(name_or_folder, block_size=None):
     """gpt2, gpt2-medium, gpt2-large, gpt2-xl, the name of any GPT-2 on Hugging Face, or a folder with config.json and
     the weights (safetensors, sharded too, or pytorch_model.bin) -> model in eval mode, tokenizer (None if the folder
-    has none, or not GPT-2's). ValueError if it cannot be had, is not a GPT-2, or differs from the architecture here."""
+    has none, or not GPT-2's). block_size: cuts off later positions. UserError if the weights cannot be had, are not a
+    GPT-2's, or need what this model does not have."""
     folder = Path(name_or_folder)
     is_name = not folder.is_dir()
     if is_name:
-        folder = _download(str(name_or_folder))
+        folder = download_repository(str(name_or_folder))
     try:
         given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config(given, name_or_folder)
+    except UserError:
+        raise
     except (OSError, ValueError) as e:
-        raise ValueError(f"{name_or_folder} has no readable config.json ({_first_line(e)})") from None
-    config = _read_config(given, name_or_folder)
-    tensors = _read_tensors(folder, name_or_folder)
+        raise UserError(f"{name_or_folder} has no usable config.json ({first_line(e)})") from None
+    tensors = read_tensors(folder, name_or_folder)
     tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()
                if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # the causal mask, which older files carry
     if "lm_head.weight" not in tensors:
         tensors["lm_head.weight"] = tensors.get("wte.weight")
     elif not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
-        raise ValueError(f"{name_or_folder} has a head that is not tied to wte, which this model does not support")
+        raise UserError(f"{name_or_folder} has a head that is not tied to wte, which this model does not support")
+    if block_size is not None:
+        if block_size > config.block_size:
+            raise UserError(f"{name_or_folder} has block_size {config.block_size}: it cannot be raised to {block_size}")
+        config.block_size = block_size
+        tensors["wpe.weight"] = tensors["wpe.weight"][:block_size]
     model = GPT(config)
     if all(t is not None and t.dtype == torch.float64 for t in tensors.values()):
         model = model.double()
     own = model.state_dict()
     for name in [*own, *(tensors.keys() - own.keys())]:
         if name not in own or tensors.get(name) is None:
-            raise ValueError(f"{name_or_folder}: the tensor {name} is {'missing' if name in own else 'not part of a GPT-2'}")
+            raise UserError(f"{name_or_folder}: the tensor {name} is " + (
+                "missing" if name in own else "unknown to model.py"))
         t = tensors[name].T if name.endswith(TRANSPOSED) else tensors[name]
         if t.shape != own[name].shape:
-            raise ValueError(f"{name_or_folder}: {name} has shape {tuple(tensors[name].shape)}, which does not fit config.json")
+            raise UserError(f"{name_or_folder}: {name} has shape {tuple(tensors[name].shape)}, which does not fit "
+                            "config.json")
         own[name].copy_(t)
-    return model.eval(), _pretrained_tokenizer(folder, is_name, config.vocab_size)
+    return model.eval(), pretrained_tokenizer(folder, is_name, config.vocab_size)
 
 
-def _download(name):
+def download_repository(name):
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(f"{name} is not a folder, and loading it by name needs: pip install huggingface_hub") from None
+        raise UserError(f"{name} is not a folder, and loading it by name needs: pip install huggingface_hub") from None
     patterns = ["config.json", "vocab.json", "model*.safetensors*", "pytorch_model*.bin*"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns[:3]))
         if not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as e:  # the hub raises its own and the network's kinds, for a wrong name as for no connection
-        raise ValueError(f"{name} is neither a folder here nor a repository that can be reached on Hugging Face "
-                         f"({type(e).__name__}: {_first_line(e)})") from None
+        raise UserError(f"{name} is neither a folder here nor a repository that can be reached on Hugging Face "
+                         f"({type(e).__name__}: {first_line(e)})") from None
     return folder
 
 
-def _read_config(given, name):
-    """Hugging Face's config.json -> GPTConfig. ValueError for what our GPT does not do."""
+def read_config(given, name):
+    """Hugging Face's config.json -> GPTConfig. UserError for what our GPT does not do."""
     n_embd = given.get("n_embd", 768)
     required = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh", None),
                 "n_inner": (4 * n_embd, None), "tie_word_embeddings": (True, None), "scale_attn_weights": (True, None),
@@ -148,16 +297,16 @@ def _read_config(given, name):
                 "layer_norm_epsilon": (1e-5, None)}
     for key, allowed in required.items():
         if given.get(key) not in allowed:
-            raise ValueError(f"{name}: config.json has {key} {given.get(key)!r}, only {allowed[0]!r} is supported")
+            raise UserError(f"{name}: config.json has {key} {given.get(key)!r}, only {allowed[0]!r} is supported")
     return GPTConfig(block_size=given.get("n_positions", 1024), vocab_size=given.get("vocab_size", 50257),
                      n_layer=given.get("n_layer", 12), n_head=given.get("n_head", 12), n_embd=n_embd, bias=True)
 
 
-def _read_tensors(folder, name):
+def read_tensors(folder, name):
     """All tensors of a folder, whether in one file or in several."""
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise ValueError(f"{name} holds neither model.safetensors nor pytorch_model.bin")
+        raise UserError(f"{name} holds neither model.safetensors nor pytorch_model.bin")
     tensors = {}
     for file in files:
         try:
@@ -167,13 +316,13 @@ def _read_tensors(folder, name):
                 from safetensors.torch import load_file
                 tensors |= load_file(file)
         except ImportError:
-            raise ValueError(f"reading {file} needs: pip install safetensors") from None
+            raise UserError(f"reading {file} needs: pip install safetensors") from None
         except Exception as e:  # either library raises many kinds for a file that is cut short or not its own
-            raise ValueError(f"{file} cannot be read ({_first_line(e)}); fetch it again") from None
+            raise UserError(f"{file} cannot be read ({first_line(e)}); fetch it again") from None
     return tensors
 
 
-def _pretrained_tokenizer(folder, is_name, vocab_size):
+def pretrained_tokenizer(folder, is_name, vocab_size):
     if vocab_size != 50257:
         return None
     if (folder / "vocab.json").is_file():
@@ -187,24 +336,15 @@ def _pretrained_tokenizer(folder, is_name, vocab_size):
 
 def save_pretrained(model, tokenizer, folder):
     """Writes a folder that transformers' AutoModelForCausalLM.from_pretrained loads, and with a BPETokenizer its
-    AutoTokenizer too. A model without biases gets biases of zero, which compute the same. ValueError if safetensors
-    is not installed."""
+    AutoTokenizer too. A model without biases gets biases of zero, which compute the same. UserError if the model is not
+    a GPT-2 (someone has changed model.py), or if safetensors is not installed."""
     try:
         from safetensors.torch import save
     except ImportError:
-        raise ValueError("writing the weights needs: pip install safetensors") from None
+        raise UserError("writing the weights needs: pip install safetensors") from None
     c, eot = model.config, getattr(tokenizer, "eot", None)
-    tied = model.lm_head.weight is model.wte.weight
-    tensors = {}
-    for name, module in model.named_modules():
-        if not isinstance(getattr(module, "weight", None), torch.Tensor) or (name == "lm_head" and tied):
-            continue
-        prefix = name if name == "lm_head" else f"transformer.{name}"
-        weight = module.weight.detach().cpu()
-        tensors[f"{prefix}.weight"] = (weight.T if f"{name}.weight".endswith(TRANSPOSED) else weight).contiguous()
-        if name not in ("wte", "wpe", "lm_head"):
-            size = weight.size(0)
-            tensors[f"{prefix}.bias"] = torch.zeros(size, dtype=weight.dtype) if module.bias is None else module.bias.detach().cpu()
+    tensors = to_gpt2(model)
+    tied = "lm_head.weight" not in tensors
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
               "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
               "n_head": c.n_head, "n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": tied,
@@ -221,14 +361,62 @@ def save_pretrained(model, tokenizer, folder):
         write_atomically(Path(folder, name), data)
 
 
-if __name__ == "__main__":
-    exec((Path(__file__).resolve().parent / "configurator.py").read_text(encoding="utf-8"))
-    if export is None:
-        sys.exit("error: nothing to do; name the folder to write with --export=FOLDER")
+def to_gpt2(model):
+    """The tensors of a GPT under Hugging Face's names and in its layout. UserError if GPT-2, computed from them, gives
+    other logits than the model."""
+    tensors = {}
+    for name, t in model.state_dict().items():
+        t = t.detach().cpu()
+        tensors[name if name == "lm_head.weight" else f"transformer.{name}"] = (
+            t.T if name.endswith(TRANSPOSED) else t).contiguous()
+    for name in [name for name in tensors if name.endswith(".weight") and ".h." in name or ".ln_f." in name]:
+        t = tensors[name]
+        tensors.setdefault(name.removesuffix("weight") + "bias", torch.zeros(t.size(-1), dtype=t.dtype))
+    idx = torch.randint(model.config.vocab_size, (1, min(1024, model.config.block_size)),
+                        generator=torch.Generator().manual_seed(0))
     try:
-        model, tokenizer, _ = load_model(out_dir)
-        save_pretrained(model, tokenizer, export)
-    except (ValueError, RuntimeError, OSError) as e:
-        sys.exit(f"error: {e}")
+        with torch.no_grad():
+            ours = copy.deepcopy(model).cpu().double().eval()(idx)[0]
+            theirs = gpt2_logits({name: t.double() for name, t in tensors.items()}, model.config, idx)
+        if not (ours - theirs).abs().max() <= 1e-9 * max(1.0, ours.abs().max().item()):
+            raise ValueError(f"its logits differ from GPT-2's by {(ours - theirs).abs().max():.2g}")
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise UserError("the model cannot be exported, because model.py computes something else than GPT-2 "
+                        f"({first_line(e)}); nothing was written") from None
+    if torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"]):
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+def gpt2_logits(tensors, config, idx):
+    """The logits of GPT-2 as its format defines it, from tensors in that format: the check of an export."""
+    left = dict(tensors)
+
+    def linear(x, name):
+        return x @ left.pop(f"{name}.weight") + left.pop(f"{name}.bias")
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], left.pop(f"{name}.weight"), left.pop(f"{name}.bias"), 1e-5)
+
+    B, T = idx.shape
+    x = left.pop("transformer.wte.weight")[idx] + left.pop("transformer.wpe.weight")[:T]
+    for i in range(config.n_layer):
+        block = f"transformer.h.{i}"
+        heads = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").view(B, T, 3, config.n_head, -1)
+        y = F.scaled_dot_product_attention(*heads.permute(2, 0, 3, 1, 4), is_causal=True).transpose(1, 2).flatten(2)
+        x = x + linear(y, f"{block}.attn.c_proj")
+        y = F.gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc"), approximate="tanh")
+        x = x + linear(y, f"{block}.mlp.c_proj")
+    logits = norm(x, "transformer.ln_f") @ left.pop("lm_head.weight").T
+    if left:
+        raise KeyError(f"GPT-2 has no tensor {min(left)}")
+    return logits
+
+
+if __name__ == "__main__":
+    if export is None:
+        raise UserError("nothing to do; name the folder to write with --export=FOLDER")
+    model, tokenizer, _ = load_model(out_dir)
+    save_pretrained(model, tokenizer, export)
     print(f"wrote {export}" + ("" if isinstance(tokenizer, BPETokenizer) else ", without a tokenizer: a character "
                                "tokenizer has no such format; the checkpoint keeps it"))

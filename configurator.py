@@ -126,7 +126,8 @@ def _read_settings(path, namespace):
     kinds = {"int": int, "float": float, "str": str, "bool": bool}
     settings = {}
     for node in tree.body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):  # the exec of this file ends the settings
+        # The exec of this file ends the settings, also where it stands behind `if __name__ == "__main__":`.
+        if isinstance(node, ast.If) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
             break
         if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
             continue

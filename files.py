@@ -73,6 +73,25 @@ def _shown(value):
     return text if len(text) <= 60 else text[:60] + "..."
 
 
+def open_dataset(folder):
+    """A folder that prepare.py wrote -> the contents of meta.json, and the ids of the training and the validation split
+    as memory-mapped arrays. UserError if there is no dataset or if its files do not fit together."""
+    import numpy as np
+    folder = Path(folder)
+    if not (folder / "meta.json").exists():
+        raise UserError(f"no dataset in {folder} on this machine; run prepare.py on every machine, or share the folder")
+    meta = read_json(folder / "meta.json", dict(
+        vocab_size=(int, at_least(1)), dtype=(str, one_of("uint16", "uint32")), train_tokens=(int, at_least(2)),
+        val_tokens=(int, at_least(2)), tokenizer=(dict, None)), advice="run prepare.py again")
+    dtype, splits = np.dtype(meta["dtype"]).newbyteorder("<"), []
+    for split in ("train", "val"):
+        path, size = folder / f"{split}.bin", meta[f"{split}_tokens"] * dtype.itemsize
+        if not path.is_file() or path.stat().st_size != size:
+            raise UserError(f"{path} does not have the {size} bytes that meta.json tells of; run prepare.py again")
+        splits.append(np.memmap(path, dtype=dtype, mode="r"))
+    return meta, *splits
+
+
 # --- downloads: the usual address first, PyPI where that cannot be reached ---
 
 def download(url, sha256, timeout=20):

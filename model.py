@@ -1,14 +1,23 @@
-"""The GPT: a decoder-only transformer with GPT-2's architecture. Read it from top to bottom.
+"""A GPT: a decoder-only transformer with GPT-2's architecture, complete in this file. Read it from top to bottom.
 
     model = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128))
-    logits, loss = model(idx, targets)                        # training
-    ids = model.generate(idx, max_new_tokens=100, top_k=50)   # text, with a key-value cache
+    logits, loss = model(idx, targets)                         # training
+    ids = model.generate(idx, max_new_tokens=100, top_k=50)    # generation, with a key-value cache
 
-Shapes in comments: B batch, T time (positions in the sequence), C n_embd, the width of the residual stream,
-nh heads, hs = C / nh the size of each, V vocabulary. The model (Radford et al. 2019, "Language Models are
-Unsupervised Multitask Learners") maps ids (B, T) to logits (B, T, V): at each position, scores for the id that
-comes next, computed from that position and those before it alone.
+The model reads token ids and returns logits: at each position, one score for every token that could come next. A
+position sees itself and the positions before it, never those after. The architecture is that of Radford et al. 2019,
+"Language Models are Unsupervised Multitask Learners".
+
+Shapes in comments:
+    B   batch, the number of sequences
+    T   time, the number of positions in a sequence
+    C   n_embd, the number of features of a position
+    nh  n_head, the number of heads
+    hs  head size, C / nh
+    V   vocab_size, the number of different tokens
+    S   the number of positions that have keys and values: T, or more with a cache
 """
+import copy
 import math
 from dataclasses import dataclass
 
@@ -19,15 +28,14 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    """The model's shape. ValueError if a size is not positive, n_head does not divide n_embd, or dropout is not
-    in [0, 1)."""
-    block_size: int = 1024    # the longest sequence the model can attend over, in tokens
+    """The shape of a model. ValueError if a value is out of range."""
+    block_size: int = 1024     # the longest sequence that the model can read, in tokens
     vocab_size: int = 50257
-    n_layer: int = 6
-    n_head: int = 6
-    n_embd: int = 384
-    dropout: float = 0.0
-    bias: bool = True         # in linear layers and layer norms; GPT-2 has them, small models do well without
+    n_layer: int = 6           # the number of blocks
+    n_head: int = 6            # the number of attention heads in a block
+    n_embd: int = 384          # the width of the residual stream
+    dropout: float = 0.0       # the share of activations that training sets to zero
+    bias: bool = True          # biases in linear layers and layer norms: GPT-2 has them, small models need none
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -40,162 +48,92 @@ class GPTConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
 
-# --- the linear layer ---
-
-def has_onednn(x):
-    """Whether x lies where oneDNN, the CPU library of matrix products, can work on it."""
-    return x.device.type == "cpu" and torch.backends.mkldnn.is_available()
-
-
-class Linear(nn.Linear):
-    """y = x W^T + b. After `quantize` the weight is int8, with one scale for each of its rows."""
-
-    scale = None
-
-    def forward(self, x):
-        # (..., in) -> (..., out)
-        if x.numel() == x.size(-1) and torch.compiler.is_compiling():
-            # One row, as in decoding, does two operations for each weight it reads: memory is the limit, and the library's
-            # products, made for many rows, stay far below it. The compiler makes of this sum one loop that reads each
-            # weight once, in whatever dtype it is stored.
-            y = (self.weight.float() * x.float().flatten()).sum(dim=-1)
-            y = y if self.scale is None else y * self.scale
-            y = y if self.bias is None else y + self.bias
-            return y.to(x.dtype).view(*x.shape[:-1], -1)
-        if self.scale is not None:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
-            return y if self.bias is None else y + self.bias
-        plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
-        if self.weight.is_mkldnn or (plain and has_onednn(x) and x.dtype == self.weight.dtype == torch.float32):
-            # F.linear leaves float32 to MKL, which multiplies the few rows of generation at half the speed of oneDNN, the
-            # library that PyTorch uses for bfloat16. It has no public name for float32 (bench_kv.py measures it).
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
-
-    def pack(self):
-        """Stores the float32 weight in blocks, the order in which oneDNN reads it when it multiplies few rows. Only for
-        inference on a CPU: nothing else can read it then."""
-        self.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 64), requires_grad=False)
-
-    def quantize(self):
-        """Replaces the weight by int8: each row is divided by its largest magnitude / 127 and rounded."""
-        weight = self.weight.detach().float()
-        self.scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-        self.weight = nn.Parameter((weight / self.scale[:, None]).round().to(torch.int8), requires_grad=False)
+# --- attention: how a position gathers information from the positions before it ---
+def causal_mask(positions, S, dtype):
+    """positions (T,) of the queries -> (T, S), to be added to the scores: 0 for keys at the query's own position and
+    before it, -inf for keys at later positions."""
+    later = torch.arange(S, device=positions.device) > positions[:, None]  # (T, S)
+    return torch.zeros(later.shape, dtype=dtype, device=positions.device).masked_fill(later, float("-inf"))
 
 
-# --- dropout ---
+def attention(q, k, v, positions, dropout=None):
+    """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) with a causal mask.
+    q (B, nh, T, hs), k and v (B, nh, S, hs) -> output (B, nh, T, hs), weights (B, nh, T, S).
 
-def dropout(x, p):
-    """Zeroes each number with probability p and divides the others by 1 - p, which keeps the expected sum
-    (Srivastava et al. 2014)."""
-    if p == 0.0 or x.device.type != "cpu":
-        return F.dropout(x, p)
-    # On a CPU, F.dropout draws a float for each number, which takes longer than the layers around it. 16 random bits
-    # do as well (p is rounded to 1/65536), and come 64 at a time.
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
-    keep = bits[:x.numel()].view(x.shape) >= min(round(p * 2 ** 16), 2 ** 16 - 1) - 2 ** 15
-    return x * (keep.to(x.dtype) / (1.0 - p))
-
-
-class Dropout(nn.Dropout):
-    """`dropout` in training, nothing otherwise."""
-
-    def forward(self, x):
-        return dropout(x, self.p) if self.training else x
-
-
-# --- attention ---
-
-def causal_mask(T, S, like):
-    """(T, S), to be added to scores: 0 where a query may look, -inf elsewhere. T queries, the newest of S positions,
-    each look at themselves and the positions before. In the dtype and on the device of `like`."""
-    return torch.full((T, S), float("-inf"), dtype=like.dtype, device=like.device).triu(diagonal=S - T + 1)
-
-
-def attention(q, k, v, dropout_p=0.0):
-    """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) under a causal mask, written out.
-    q (B, nh, T, hs), k and v (B, nh, S, hs) -> the output (B, nh, T, hs) and the weights (B, nh, T, S)."""
-    T, S, hs = q.size(-2), k.size(-2), q.size(-1)
-    # A dot product of hs unit-variance terms has variance hs. Dividing by sqrt(hs) brings it back to 1, else the
-    # softmax saturates in wide heads and passes hardly any gradient.
-    scores = q / math.sqrt(hs) @ k.transpose(-2, -1)
-    # -inf before the softmax becomes a weight of exactly 0 and leaves the others summing to 1.
-    weights = F.softmax(scores + causal_mask(T, S, q), dim=-1)
-    return dropout(weights, dropout_p) @ v, weights  # dropout_p is 0.0 outside training
-
-
-def fast_attention(q, k, v, dropout_p=0.0, mask=None):
-    """The output of `attention`, by PyTorch's fused kernel, which never stores the T x S scores, wherever that is
-    faster. mask: which of S cached positions count, where it is not all of them."""
-    T, S = q.size(-2), k.size(-2)
-    if mask is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    if q.device.type == "cpu" and (dropout_p > 0.0 or (q.dtype == torch.bfloat16 and q.requires_grad)):
-        # The CPU's fused kernel has no dropout, and a slow way back in bfloat16: written out, attention trains about
-        # twice as fast.
-        return attention(q, k, v, dropout_p)[0]
-    if T == S:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
-    # With cached keys there are fewer queries than keys. is_causal=True would align the triangle with the oldest
-    # key instead of the newest, so the mask is given, except that one query, the newest, may see everything.
-    mask = None if T == 1 else causal_mask(T, S, q)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+    A query says what its position looks for, a key what its position offers. Their dot product is the score: how well
+    the two match. The softmax turns the scores of one query into weights, and the output is the weighted average of
+    the values, which hold what the positions have to say."""
+    # A dot product of hs numbers with variance 1 has variance hs. Dividing by sqrt(hs) brings the variance back to 1.
+    # Without it the softmax of a large head puts all weight on one position and passes hardly any gradient.
+    scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, nh, T, hs) @ (B, nh, hs, S) -> (B, nh, T, S)
+    # -inf before the softmax gives later positions a weight of exactly 0, and the other weights still sum to 1.
+    # Zeros put in after the softmax would leave the later scores in its denominator: the future would leak.
+    scores = scores + causal_mask(positions, k.size(-2), q.dtype)
+    weights = F.softmax(scores, dim=-1)  # (B, nh, T, S), and each row of S weights sums to 1
+    y = (weights if dropout is None else dropout(weights)) @ v  # (B, nh, T, S) @ (B, nh, S, hs) -> (B, nh, T, hs)
+    return y, weights
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention: every head compares queries with keys in its own hs dimensions, and averages values."""
+    """Multi-head attention: nh attentions side by side, each in hs features of its own, so that one head can look for
+    the letter before while another looks for the start of the line. Queries, keys and values are three linear maps
+    of the same input, hence self-attention."""
 
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # Q, K, V of all heads at once
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = Dropout(config.dropout)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # Q, K and V of all heads at once
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)      # mixes the heads' outputs
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, layer=0, return_weights=False):
-        # x (B, T, C) -> (B, T, C), and with return_weights the weights (B, nh, T, S)
+    def forward(self, x, positions=None, cache=None, layer=0):
+        """x (B, T, C) -> (B, T, C). positions (T,): where x stands in the sequence, by default from 0 on. With a cache,
+        x also attends to the earlier positions of this layer that the cache holds."""
         B, T, C = x.shape
-        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-                   for z in self.c_attn(x).split(C, dim=2))
-        mask = None
-        if cache is not None:
-            k, v, mask = cache.append(layer, k, v)  # (B, nh, S, hs): the cached positions and the T new ones
-        dropout_p = self.dropout if self.training else 0.0
-        if return_weights:
-            y, weights = attention(q, k, v, dropout_p)
-        else:
-            y = fast_attention(q, k, v, dropout_p, mask)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        y = self.resid_dropout(self.c_proj(y))
-        return (y, weights) if return_weights else y
+        if positions is None:
+            positions = torch.arange(T, device=x.device)
+        q, k, v = self.c_attn(x).split(C, dim=2)                 # (B, T, 3C) -> three times (B, T, C)
+        q, k, v = (z.view(B, T, self.n_head, C // self.n_head)   # (B, T, nh, hs): hs features for each head
+                   .transpose(1, 2) for z in (q, k, v))          # (B, nh, T, hs): heads beside the batch, so that @
+        if cache is not None:                                    #     works on each head alone
+            k, v = cache.append(layer, k, v)                     # (B, nh, S, hs): those of all positions so far
+        y = self.attend(q, k, v, positions)                      # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)                   # (B, T, nh, hs) -> (B, T, C): heads side by side
+        return self.resid_dropout(self.c_proj(y))                # (B, T, C)
+
+    def attend(self, q, k, v, positions):
+        """The output of `attention`. A method of its own because fast.py replaces it by PyTorch's fused kernel."""
+        return attention(q, k, v, positions, self.attn_dropout)[0]
 
 
-# --- the block ---
-
+# --- the block: attention, where positions exchange information, and an MLP, where each works on what it has ---
 class MLP(nn.Module):
-    """The feed-forward network: every position by itself, four times as wide inside."""
+    """The feed-forward network: works on each position by itself, and is four times as wide inside."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU(approximate="tanh")  # the form that GPT-2's weights were trained with
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = Dropout(config.dropout)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        # (B, T, C) -> (B, T, C)
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        """x (B, T, C) -> (B, T, C)."""
+        x = self.gelu(self.c_fc(x))           # (B, T, 4C)
+        return self.dropout(self.c_proj(x))   # (B, T, C)
 
 
 class Block(nn.Module):
-    """One layer. The residual stream x passes through untouched; attention and MLP read a normalised copy of it and
-    add what they found. This Pre-LN order keeps an identity path from the loss to every block, which no layer
-    rescales, so gradients arrive at any depth (verify_gradients.py shows it). In the Post-LN of 2017, norm(x + f(x)),
-    each layer rescales the stream, and deep models train only with a careful warmup (Xiong et al. 2020, "On Layer
-    Normalization in the Transformer Architecture").
-    For the same reason dropout acts on what is added, embeddings included, never on the stream after an addition."""
+    """One layer. x is the residual stream: C features a position, which run through the whole model. Attention and MLP
+    each read a normalised copy of the stream and add their result to it, so a layer can build on what all layers
+    before it have written. LayerNorm gives each position's features mean 0 and variance 1, then scales and shifts
+    them by learned numbers, so that a layer sees inputs of the same size however much the stream has grown.
+
+    This order is Pre-LN. The stream itself is never normalised, so gradients pass from the loss to every block
+    unchanged, at any depth (verify_gradients.py shows it). In the Post-LN of 2017, norm(x + f(x)), each layer rescales
+    the stream, and deep models train only with a careful warmup (Xiong et al. 2020, "On Layer Normalization in the
+    Transformer Architecture"). For the same reason dropout acts on what is added, never on the stream."""
 
     def __init__(self, config):
         super().__init__()
@@ -204,118 +142,140 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, layer=0):
-        # (B, T, C) -> (B, T, C)
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x, positions=None, cache=None, layer=0):
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.attn(self.ln_1(x), positions, cache, layer)
         x = x + self.mlp(self.ln_2(x))
         return x
 
 
-# --- the key-value cache ---
-
+# --- the key-value cache: generation without computing the past anew for every token ---
 class KVCache:
-    """Keys and values of the positions seen so far, for all layers, so that a new token costs one position's work
-    instead of the whole sequence's. Preallocated for `capacity` positions, of which `length` are filled.
-    Takes 2 * n_layer * B * capacity * n_embd numbers."""
+    """The keys and values of all positions so far, for every layer. A new token then costs the work of one position:
+    its query meets the keys in the cache. Queries are not kept, since only their own position uses them.
+
+    The cache holds 2 * n_layer * B * capacity * n_embd numbers. It cannot slide: every key and value in it was
+    computed from wte[token] + wpe[position], so when it is full, a token cannot move to another position without
+    computing everything anew."""
 
     def __init__(self, config, batch_size, length=None, device=None, dtype=None):
-        """length: the capacity in positions, block_size by default; dtype: that of the model's activations."""
+        """length: the capacity in positions, by default block_size. ValueError if it exceeds block_size."""
         self.capacity = config.block_size if length is None else length
-        self.length = 0
+        if not 0 < self.capacity <= config.block_size:
+            raise ValueError(f"the cache's length must be from 1 to block_size {config.block_size}, got {length}")
+        self.length = 0  # the number of positions that are filled
         shape = batch_size, config.n_head, self.capacity, config.n_embd // config.n_head
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]  # (B, nh, capacity, hs)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.position = torch.zeros(1, dtype=torch.long, device=device)  # `length` for compiled code, see decode_step
 
     @property
     def nbytes(self):
-        """Memory taken, in bytes."""
+        """The memory that the cache takes, in bytes."""
         return sum(t.nbytes for t in self.k + self.v)
 
+    def positions(self, T):
+        """The positions (T,) of the next T tokens. ValueError if there is no room for them."""
+        if self.length + T > self.capacity:
+            raise ValueError(f"a sequence of {self.length + T} tokens exceeds the cache's capacity {self.capacity}")
+        return torch.arange(self.length, self.length + T, device=self.k[0].device)
+
     def append(self, layer, k, v):
-        """Stores a layer's k and v (B, nh, T, hs) of T new positions. Returns those of all positions so far and None,
-        or in compiled code those of the whole capacity and a mask of the filled ones: shapes that never change. The
-        model moves `length` on when every layer has done so."""
-        keys, values = self.k[layer], self.v[layer]
-        if torch.compiler.is_compiling():
-            keys.index_copy_(2, self.position, k)
-            values.index_copy_(2, self.position, v)
-            return keys, values, (torch.arange(self.capacity, device=k.device) <= self.position).view(1, 1, 1, -1)
+        """Stores the keys and values (B, nh, T, hs) of T new positions. Returns those of all positions so far,
+        (B, nh, S, hs). `length` moves on when every layer has stored its own: see GPT.forward."""
         end = self.length + k.size(2)
-        keys[:, :, self.length:end] = k
-        values[:, :, self.length:end] = v
-        return keys[:, :, :end], values[:, :, :end], None
+        self.k[layer][:, :, self.length:end] = k
+        self.v[layer][:, :, self.length:end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+    def reset(self):
+        """Forgets all positions."""
+        self.length = 0
 
     def repeat(self, n):
-        """A cache with every sequence n times, next to each other: (B, ...) -> (B * n, ...)."""
-        if n == 1:
-            return self
-        repeated = object.__new__(KVCache)
-        repeated.capacity, repeated.length, repeated.position = self.capacity, self.length, self.position
-        repeated.k, repeated.v = ([t.repeat_interleave(n, dim=0) for t in side] for side in (self.k, self.v))
+        """A cache that holds every sequence n times, side by side: (B, ...) -> (B * n, ...)."""
+        repeated = copy.copy(self)
+        repeated.k, repeated.v = ([t.repeat_interleave(n, dim=0) for t in tensors] for tensors in (self.k, self.v))
         return repeated
 
 
 # --- the model ---
-
 class GPT(nn.Module):
-    """Embeddings, n_layer blocks, a final norm, and a head that shares the token embedding's matrix."""
+    """Embeddings, n_layer blocks, a final norm, and a head that turns the stream into logits."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.drop = Dropout(config.dropout)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # one vector for each token: what it is
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # one for each position: where it stands
+        self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.wte.weight  # tied (Press & Wolf 2017): a token's input and output vector are one
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # The head scores a token by the dot product of the stream with the token's vector. That is the vector with
+        # which the token enters, so both matrices are one (Press & Wolf 2017): fewer parameters, and each trains both.
+        self.lm_head.weight = self.wte.weight
         self.apply(self._init_weights)
-        self.compiled_step = None  # set by for_inference
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, Block):  # `apply` comes to a block after its parts, so this overrides the above
-            # 2 * n_layer projections add to the stream: scaled so, their sum's variance does not grow with depth.
+        if isinstance(module, Block):  # comes after the block's own layers, so this overrides the above
+            # 2 * n_layer projections add to the stream. With this factor its variance does not grow with depth.
             for projection in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def forward(self, idx, targets=None, cache=None, last_only=False):
-        """idx (B, T) -> logits (B, T, V), or (B, 1, V) with last_only, and the loss: the mean cross-entropy in nats
-        over targets (B, T) that are not -1, None without targets. With a cache, idx continues the sequence that it
-        holds. ValueError if the sequence is empty or longer than block_size or the cache."""
+        """idx (B, T) -> logits (B, T, V), or (B, 1, V) of the last position with last_only, and the loss: the mean
+        cross-entropy in nats over the targets (B, T) that are not -1; None without targets. With a cache, idx
+        continues the sequence in the cache. ValueError if the sequence is empty or too long. An untrained model gives
+        all tokens nearly equal logits, so its loss is about ln(V): 4.2 for 65 characters, 10.8 for GPT-2's tokens."""
         if idx.dim() != 2 or idx.size(1) == 0:
             raise ValueError(f"expected ids of shape (B, T) with T at least 1, got {tuple(idx.shape)}")
-        start = 0 if cache is None else cache.length
-        end = start + idx.size(1)
-        if end > self.config.block_size:
-            raise ValueError(f"a sequence of {end} tokens exceeds block_size {self.config.block_size}")
-        if cache is not None and end > cache.capacity:
-            raise ValueError(f"a sequence of {end} tokens exceeds the cache's capacity {cache.capacity}")
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens exceeds block_size {self.config.block_size}")
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
 
-        x = self.drop(self.wte(idx) + self.wpe.weight[start:end])  # (B, T, C): what the token is, and where it is
+        # Attention by itself does not know the order of its inputs. Adding the position's vector makes "a" at
+        # position 3 another input than "a" at position 7. In C dimensions there is room for both in one sum.
+        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C) + (T, C) -> (B, T, C)
         for layer, block in enumerate(self.h):
-            x = block(x, cache, layer)
+            x = block(x, positions, cache, layer)           # (B, T, C)
         if cache is not None:
-            cache.length = end
+            cache.length += T
         if last_only:
-            x = x[:, -1:]  # only the newest position's logits are wanted, so the head's V rows act on it alone
-        logits = self.lm_head(self.ln_f(x))
+            x = x[:, -1:]                                   # (B, 1, C): saves the head's work at the other positions
+        logits = self.lm_head(self.ln_f(x))                 # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits, None
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # log-sum-exp loses too much in bf16
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 16 bits are too few for log-sum-exp
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def crop_block_size(self, block_size):
-        """Forgets the positions from block_size on. ValueError if there are not as many."""
-        if not 0 < block_size <= self.config.block_size:
-            raise ValueError(f"block_size {block_size} is not between 1 and the model's {self.config.block_size}")
-        self.config.block_size = block_size
-        self.wpe = nn.Embedding.from_pretrained(self.wpe.weight[:block_size].detach().clone(), freeze=False)
+    @torch.no_grad()
+    def attention_maps(self, idx):
+        """idx (B, T) -> the attention weights of all layers and heads, (n_layer, B, nh, T, T), without dropout. Row t
+        says how much position t takes from each position."""
+        maps = []
+
+        def attend(q, k, v, positions):  # stands in for every layer's own, and keeps the weights
+            y, weights = attention(q, k, v, positions)
+            maps.append(weights)
+            return y
+
+        layers = [module for module in self.modules() if isinstance(module, CausalSelfAttention)]
+        was_training = self.training
+        self.eval()
+        try:
+            for layer in layers:
+                layer.attend = attend
+            self(idx)
+        finally:
+            for layer in layers:
+                layer.__dict__.pop("attend", None)
+            self.train(was_training)
+        return torch.stack(maps)
 
     def set_dropout(self, dropout):
         """Changes the dropout of every layer."""
@@ -323,204 +283,138 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
-            elif isinstance(module, CausalSelfAttention):
-                module.dropout = dropout
-
-    @torch.no_grad()
-    def attention_maps(self, idx):
-        """idx (B, T) -> the weights of every layer and head, (L, B, nh, T, T), without dropout. Row t says how much
-        position t takes from each position."""
-        was_training = self.training
-        self.eval()
-        x, maps = self.wte(idx) + self.wpe.weight[:idx.size(1)], []
-        for block in self.h:  # each block's attention is computed twice, once with its weights kept: simple, and seldom used
-            maps.append(block.attn(block.ln_1(x), return_weights=True)[1])
-            x = block(x)
-        self.train(was_training)
-        return torch.stack(maps)
 
     def num_parameters(self, embeddings=True):
-        """The number of parameters; tied matrices count once. Without embeddings: less wte and wpe."""
-        n = sum(p.numel() for p in self.parameters())
-        return n if embeddings else n - self.wte.weight.numel() - self.wpe.weight.numel()
+        """The number of parameters, with or without those of wte and wpe. The shared matrix counts once."""
+        left_out = [] if embeddings else [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
+        return sum(p.numel() for p in self.parameters() if not any(p is q for q in left_out))
 
     def flops_per_token(self, T):
-        """Floating-point operations to train on one token of a sequence of T: 6 for each parameter that multiplies
-        (2 forward, 4 backward; wpe only adds), and 12 * n_layer * n_embd * T for the scores and the weighted sums
-        (Chowdhery et al. 2022, PaLM, appendix B)."""
-        return 6 * (self.num_parameters() - self.wpe.weight.numel()) + 12 * self.config.n_layer * self.config.n_embd * T
+        """Floating-point operations to train on one token of a sequence of T: 6 for each parameter that multiplies (2
+        forward, 4 backward; embeddings only add), and 12 * n_layer * n_embd * T for attention's scores and weighted
+        sums (Chowdhery et al. 2022, PaLM, appendix B)."""
+        layers = [module for module in self.modules() if not isinstance(module, nn.Embedding)]
+        n = sum(p.numel() for layer in layers for p in layer.parameters(recurse=False))
+        return 6 * n + 12 * self.config.n_layer * self.config.n_embd * T
 
-    # --- generation ---
+    # --- generation: read the prompt, then draw one token at a time ---
+
+    def new_cache(self, batch_size, length=None):
+        """An empty cache for this model, on its device and in its dtype."""
+        return KVCache(self.config, batch_size, length, self.wte.weight.device, self.wte.weight.dtype)
 
     def prefill(self, idx, cache=None):
-        """Reads a whole prompt (B, T) at once, which is bound by arithmetic -> logits for the next token (B, V)."""
+        """Reads a whole prompt (B, T) at once -> logits (B, V) of the next token. Each weight that is read from memory
+        serves T positions, so this phase is compute-bound."""
         return self(idx, cache=cache, last_only=True)[0][:, -1]
 
     def decode_one_token(self, token, cache):
-        """Reads one more token (B,) -> logits for the next (B, V). Bound by memory: each weight is read once."""
-        if self.compiled_step is None:
-            return self(token[:, None], cache=cache, last_only=True)[0][:, -1]
-        cache.position.fill_(cache.length)
-        cache.length += 1
-        return self.compiled_step(token, cache)
+        """Reads one more token (B,) -> logits (B, V) of the next. Each weight serves one position: two operations for
+        every number read, so this phase is bound by memory bandwidth. Half the bytes a weight, twice the speed."""
+        return self(token[:, None], cache=cache, last_only=True)[0][:, -1]
 
-    def decode_step(self, token, cache):
-        """decode_one_token for the compiler: `forward` with the position in a tensor, so that one compiled program (on
-        CUDA one graph) serves every position."""
-        x = self.wte(token[:, None]) + self.wpe(cache.position)
-        for layer, block in enumerate(self.h):
-            x = block(x, cache, layer)
-        return self.lm_head(self.ln_f(x))[:, -1]
-
-    def for_inference(self, dtype="float32", compile=False):
-        """Prepares the model, on whatever device it is, for generation: weights in dtype, "float32", "bfloat16", or "int8"
-        for the linear layers' (the rest stays as it is; a row's error is at most 1/254 of its largest weight); with
-        compile, the step for one token is compiled when it is first taken. Returns the model."""
-        on_cuda = self.wte.weight.device.type == "cuda"
-        if dtype != "int8":
-            self.to(getattr(torch, dtype))
-        for module in self.modules():
-            if isinstance(module, Linear) and dtype == "int8":
-                module.quantize()
-            elif isinstance(module, Linear) and dtype == "float32" and not compile and has_onednn(module.weight):
-                module.pack()
-        how = dict(dynamic=False, isolate_recompiles=True, recompile_limit=64)  # a program for each cache size and batch
-        if compile and on_cuda:
-            self.compiled_step = torch.compile(self.decode_step, mode="reduce-overhead", **how)
-        elif compile:
-            # Left alone, the compiler writes each layer norm into the loop of the product after it, and so computes it anew
-            # for every row. Counted as this many operations, it is stored once instead, and the product's own are not.
-            options = {"realize_opcount_threshold": 12 if dtype == "bfloat16" else 8}
-            self.compiled_step = torch.compile(self.decode_step, options=options, **how)
-        return self
-
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
-                 eos_id=None, num_samples=1, use_cache=True, generator=None):
-        """idx (B, T) -> (B * num_samples, T + n), n <= max_new_tokens: the prompts and what follows them. The
-        arguments are those of `stream`."""
-        tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty,
-                             eos_id, num_samples, use_cache, generator)
-        return torch.cat([idx.repeat_interleave(num_samples, dim=0)] + [t[:, None] for t in tokens], dim=1)
-
+    @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
                eos_id=None, num_samples=1, use_cache=True, generator=None):
-        """Yields the new ids of each step, (B * num_samples,): the first num_samples of them continue the first row of
-        idx (B, T), the next the second, and so on. Stops after max_new_tokens, or when every row has produced eos_id;
-        rows that have are padded with it. temperature 0 takes the likeliest token. use_cache=False re-encodes everything at every step: slow,
-        the reference. ValueError for an argument out of range or an id outside the vocabulary."""
+        """Continues each prompt of idx (B, T) num_samples times and yields the ids of each step, (B * num_samples,): the
+        samples of one prompt stand side by side. Stops after max_new_tokens, or when all samples have produced eos_id,
+        which also pads samples that are done. Temperature 0 takes the most likely token. use_cache=False computes the
+        same without a cache, slowly. ValueError for an argument out of range or an id outside the vocabulary."""
         check_sampling(temperature, top_k, top_p, repetition_penalty)
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        if max_new_tokens < 0 or num_samples < 1:
+            raise ValueError(f"max_new_tokens ({max_new_tokens}) or num_samples ({num_samples}) is too small")
         if idx.dim() != 2 or idx.numel() == 0:
             raise ValueError(f"expected a prompt of shape (B, T) with T at least 1, got {tuple(idx.shape)}")
         if not 0 <= int(idx.min()) <= int(idx.max()) < self.config.vocab_size:
-            raise ValueError(f"the prompt's ids reach from {int(idx.min())} to {int(idx.max())}, "
-                             f"outside the vocabulary of {self.config.vocab_size}")
-        return self._stream(idx, max_new_tokens, (temperature, top_k, top_p, repetition_penalty, generator),
-                            eos_id, num_samples, use_cache)
-
-    @torch.no_grad()
-    def _stream(self, idx, max_new_tokens, sampling, eos_id, num_samples, use_cache):
-        block_size = self.config.block_size
-        was_training = self.training
+            raise ValueError(f"the prompt has an id outside the vocabulary of {self.config.vocab_size}")
+        block_size, was_training = self.config.block_size, self.training
         self.eval()
         try:
-            window = idx[:, -block_size:]  # what the model sees of the sequence
-            cache = None
-            if use_cache:
-                capacity = window.size(1) + max_new_tokens
-                if self.compiled_step is not None:
-                    capacity = 2 ** math.ceil(math.log2(capacity))  # few sizes, since each is compiled for
-                capacity = min(block_size, capacity)
-                cache = KVCache(self.config, idx.size(0), capacity, idx.device, self.compute_dtype())
-            logits = self.prefill(window, cache).repeat_interleave(num_samples, dim=0)
-            idx = idx.repeat_interleave(num_samples, dim=0)
-            window = window.repeat_interleave(num_samples, dim=0)
-            if use_cache:
-                cache = cache.repeat(num_samples)  # the prompt was read once, whatever the number of samples
+            start = max(0, idx.size(1) - block_size)  # the model sees idx[:, start:]
+            length = min(block_size, idx.size(1) - start + max_new_tokens)
+            cache = self.new_cache(idx.size(0), length) if use_cache else None
+            logits = self.prefill(idx[:, start:], cache)  # each prompt is read once, however many samples follow
+            if num_samples > 1:
+                idx, logits = (z.repeat_interleave(num_samples, dim=0) for z in (idx, logits))
+                cache = cache.repeat(num_samples) if use_cache else None
             done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
             for step in range(max_new_tokens):
-                token = sample(logits, idx, *sampling)  # (B,)
+                token = sample(logits, idx, temperature, top_k, top_p, repetition_penalty, generator)  # (B,)
                 if eos_id is not None:
                     token = token.masked_fill(done, eos_id)
                     done |= token == eos_id
                 yield token
                 if step == max_new_tokens - 1 or (eos_id is not None and bool(done.all())):
-                    break
+                    return
                 idx = torch.cat((idx, token[:, None]), dim=1)
-                if window.size(1) < block_size:
-                    window = torch.cat((window, token[:, None]), dim=1)
-                    logits = self.decode_one_token(token, cache) if use_cache else self.prefill(window)
+                if idx.size(1) - start <= block_size:
+                    logits = self.decode_one_token(token, cache) if use_cache else self.prefill(idx[:, start:])
                 else:
-                    # The window is full. Positions are absolute, so cached keys cannot slide: start again from the
-                    # newest half. That costs one prefill every block_size / 2 tokens, not one every token.
-                    window = idx[:, -max(1, block_size // 2):]
+                    # The context is full and cannot slide (see KVCache), so start again from its newer half. That
+                    # costs one prefill every block_size / 2 tokens.
+                    start = idx.size(1) - max(1, block_size // 2)
                     if use_cache:
-                        cache.length = 0
-                    logits = self.prefill(window, cache)
+                        cache.reset()
+                    logits = self.prefill(idx[:, start:], cache)
         finally:
             self.train(was_training)
 
-    def compute_dtype(self):
-        """The dtype of the activations: autocast's where it is on, else the weights'."""
-        weight = self.wte.weight
-        if torch.is_autocast_enabled(weight.device.type):
-            return torch.get_autocast_dtype(weight.device.type)
-        return weight.dtype
+    def generate(self, idx, max_new_tokens, *args, num_samples=1, **kwargs):
+        """idx (B, T) -> (B * num_samples, T + n), n <= max_new_tokens: the prompts and what follows them. The other
+        arguments are those of `stream`."""
+        tokens = self.stream(idx, max_new_tokens, *args, num_samples=num_samples, **kwargs)
+        return torch.cat([idx.repeat_interleave(num_samples, dim=0), *(token[:, None] for token in tokens)], dim=1)
 
 
-# --- sampling: a chain of functions on logits (B, V), each defined as Hugging Face's logits processor for the purpose ---
-
+# --- sampling: a chain of functions on logits (B, V), each defined as in Hugging Face's transformers ---
 def check_sampling(temperature, top_k, top_p, repetition_penalty):
-    """ValueError if an argument is out of its range."""
-    if not 0.0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if not 0.0 < repetition_penalty < math.inf:
-        raise ValueError(f"repetition_penalty must be a number above 0, got {repetition_penalty}")
+    """ValueError if an argument is out of range."""
+    for name, value, good, expected in (
+            ("temperature", temperature, 0.0 <= temperature < math.inf, "a number of at least 0"),
+            ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+            ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0, "in (0, 1]"),
+            ("repetition_penalty", repetition_penalty, 0.0 < repetition_penalty < math.inf, "a number above 0")):
+        if not good:
+            raise ValueError(f"{name} must be {expected}, got {value}")
 
 
 def penalize_repetition(logits, ids, penalty):
-    """Makes the tokens that occur in ids (B, T) less likely, each once: a positive logit is divided by the penalty,
-    a negative one multiplied (Keskar et al. 2019, CTRL, section 4.1)."""
+    """Makes the tokens that occur in ids (B, T) less likely: divides a positive logit by the penalty and multiplies a
+    negative one, once for each token (Keskar et al. 2019, CTRL, section 4.1)."""
     seen = logits.gather(1, ids)
     return logits.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
 def scale_temperature(logits, temperature):
-    """Below 1 sharpens the distribution, above 1 flattens it."""
+    """Below 1 the likely tokens become more likely, above 1 less."""
     return logits / temperature
 
 
 def keep_top_k(logits, k):
-    """All but the k largest logits become -inf; ties with the k-th stay."""
+    """Sets all but the k largest logits to -inf; ties with the k-th stay. One k for all distributions keeps too many
+    tokens where one is nearly certain, and too few where hundreds are equally good."""
     kth = logits.topk(min(k, logits.size(-1))).values[:, -1:]
     return logits.masked_fill(logits < kth, float("-inf"))
 
 
 def keep_top_p(logits, p):
-    """All but the smallest set of tokens whose probability reaches p become -inf (Holtzman et al. 2020, nucleus
-    sampling); at least one token stays."""
+    """Sets all logits to -inf but those of the smallest set of tokens whose probabilities reach p: few tokens where the
+    distribution is peaked, many where it is flat (Holtzman et al. 2020, nucleus sampling). At least one stays."""
     probs = F.softmax(logits, dim=-1)
-    # Sorting a large vocabulary costs more than the rest of sampling together. But tokens below (1 - p) / V hold, all of
-    # them together, less than 1 - p, so they go in any case, and mostly few are left to be sorted.
+    # Only tokens that can stay are worth sorting. Those of probability below (1 - p) / V hold less than 1 - p together,
+    # so they go in any case, and mostly a few hundred of GPT-2's 50257 are left.
     columns = (probs >= (1.0 - p) / logits.size(-1)).any(dim=0).nonzero().squeeze(1)
-    order = logits[:, columns].argsort(dim=-1)
+    order = logits[:, columns].argsort(dim=-1)  # the least likely first
     ascending = probs[:, columns].gather(1, order)
-    below = probs.index_fill(1, columns, 0.0).sum(dim=-1, keepdim=True)
-    drop = below + ascending.cumsum(dim=-1) <= 1.0 - p  # from the least likely up, while all so far hold no more than 1 - p
+    below = probs.index_fill(1, columns, 0.0).sum(dim=-1, keepdim=True)  # what the tokens left out hold
+    drop = below + ascending.cumsum(dim=-1) <= 1.0 - p  # as long as all dropped so far hold no more than 1 - p
     drop[:, -1] = False
     kept = logits[:, columns].masked_fill(torch.zeros_like(drop).scatter(1, order, drop), float("-inf"))
     return torch.full_like(logits, float("-inf")).index_copy(1, columns, kept)
 
 
 def sample(logits, ids, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, generator=None):
-    """logits (B, V) and the ids (B, T) that led there -> the next ids (B,)."""
+    """logits (B, V) and the ids (B, T) so far -> the next ids (B,)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if repetition_penalty != 1.0:
         logits = penalize_repetition(logits, ids, repetition_penalty)

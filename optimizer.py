@@ -1,26 +1,31 @@
 """What turns gradients into steps: AdamW, Muon, which parameters go to which, and the learning rate's schedule.
 
     optimizers = make_optimizers(model, "muon", learning_rate=3e-3, muon_learning_rate=0.02)
-    scale = schedule(i, warmup_iters=100, max_iters=2000, min_ratio=0.1)    # times every group's peak rate
+    scale = schedule(step, warmup_iters=100, max_iters=2000, min_ratio=0.1)    # times every group's peak rate
 """
 import math
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from files import UserError
+from model import CausalSelfAttention
 
-def schedule(i, warmup_iters, max_iters, min_ratio):
-    """The learning rate of step i (from 0) as a share of its peak: linear warmup over warmup_iters steps, then half
-    a cosine down to min_ratio at max_iters (Loshchilov & Hutter 2017, SGDR, without restarts)."""
-    if i < warmup_iters:
-        return (i + 1) / (warmup_iters + 1)
-    progress = min(1.0, (i - warmup_iters) / max(1, max_iters - warmup_iters))
+
+def schedule(step, warmup_iters, max_iters, min_ratio):
+    """The learning rate of a step (from 0) as a share of its peak: linear warmup over warmup_iters steps, then half a
+    cosine down to min_ratio at max_iters (Loshchilov & Hutter 2017, SGDR, without restarts)."""
+    if step < warmup_iters:
+        return (step + 1) / (warmup_iters + 1)
+    progress = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
     return min_ratio + (1.0 - min_ratio) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
+# --- Muon ---
+
 def orthogonalize(m, steps=5):
     """(N, rows, cols) -> the same matrices with all singular values brought near 1, by the quintic Newton-Schulz
-    iteration of Jordan et al. 2024, whose coefficients trade exactness for speed: they end within about 0.7 to 1.2."""
+    iteration of Jordan et al. 2024. Its coefficients trade exactness for speed: the values end between 0.7 and 1.2."""
     if m.size(-2) > m.size(-1):
         return orthogonalize(m.mT, steps).mT
     m = m / m.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -30,21 +35,21 @@ def orthogonalize(m, steps=5):
     return m
 
 
-def whole(t):
-    """distributed: under fsdp a process holds some rows of a tensor; this gathers all. Other tensors are whole."""
+def gathered(t):
+    """The whole of a tensor, of which each process holds some rows under FSDP."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def part_like(t, p):
-    """distributed: of a whole tensor, what a process holds of p. Each has the whole, so nothing is sent."""
+def shard_like(t, p):
+    """The rows of a whole tensor that this process holds of p. Every process has the whole, so nothing is sent."""
     return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else t
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose direction is orthogonalised, so that every direction of a matrix moves alike and none is drowned
-    by a few large singular values (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
-    Matrices of one shape are orthogonalised together, in `dtype`; torch.optim.Muon takes one at a time in bfloat16. A
-    group's `parts` says how many matrices lie on top of each other in each of its parameters."""
+    """Momentum with an orthogonalised direction: every direction of a matrix moves alike, and none is drowned by a few
+    large singular values (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"). Matrices of
+    one shape are orthogonalised together, in `dtype`; torch.optim.Muon takes one at a time, in bfloat16. A group's
+    `parts` says how many matrices are stacked in each of its parameters."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, parts=1, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts))
@@ -66,41 +71,50 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
                 grads = [p.grad for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - momentum)
-                updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov's
-                updates = torch.stack([whole(u) for u in updates]).to(self.dtype)
+                updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov momentum
+                updates = torch.stack([gathered(u) for u in updates]).to(self.dtype)
                 rows, cols = shape[0] // group["parts"], shape[1]
                 updates = orthogonalize(updates.view(-1, rows, cols)).view(-1, *shape).to(params[0].dtype)
-                updates = [part_like(u, p) for u, p in zip(updates, params)]
+                updates = [shard_like(u, p) for u, p in zip(updates, params, strict=True)]
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
                 torch._foreach_add_(params, updates, alpha=-lr * max(1, rows / cols) ** 0.5)
 
 
-def has_fast_bfloat16(device_type):
-    """Whether matrix products in bfloat16 are faster than in float32: not on a CPU that only emulates them."""
-    if device_type != "cpu":
-        return device_type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# --- which parameters go where ---
+
+def hidden_matrices(model):
+    """The weights of the linear layers inside the model, {parameter: how many matrices are stacked in it}. The head is
+    not among them: it shares the token embedding's matrix, or stands at the end of the model by itself."""
+    embeddings = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    found = {m.weight: 1 for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head}
+    for m in model.modules():
+        if isinstance(m, CausalSelfAttention):  # c_attn holds three: the queries', the keys' and the values'
+            found[m.c_attn.weight] = 3
+    return {p: parts for p, parts in found.items() if p not in embeddings}
 
 
 def make_optimizers(model, optimizer, learning_rate, muon_learning_rate=0.02, weight_decay=0.0, beta1=0.9, beta2=0.95,
                     muon_dtype=torch.bfloat16):
     """A model -> a list of (optimizer, peak learning rate). With "adamw" it is one: matrices decay, biases and norms
-    do not. With "muon", Muon takes the blocks' matrices and AdamW the rest: embeddings are tables of vectors, of
-    which a step sees a few, and gains and biases are vectors, so neither has a spectrum to even out (Jordan et al.
-    2024, "When should you use Muon?"). muon_dtype: what Muon orthogonalises in. ValueError for another name."""
+    do not. With "muon", Muon takes the matrices inside the blocks and AdamW the rest: embeddings are tables of vectors,
+    of which a step sees a few, and gains and biases are vectors, so neither has a spectrum to even out (Jordan et al.
+    2024, "When should you use Muon?"). muon_dtype: what Muon orthogonalises in. UserError for another name, or if
+    there is no matrix for Muon."""
     if optimizer not in ("adamw", "muon"):
-        raise ValueError(f"optimizer must be 'adamw' or 'muon', got {optimizer!r}")
-    params = dict(model.named_parameters())  # a tied matrix appears once
-    device_type = next(iter(params.values())).device.type
-    hidden = [p for name, p in params.items() if optimizer == "muon" and p.dim() == 2 and ".h." in f".{name}"]
-    rest = [p for p in params.values() if not any(p is q for q in hidden)]
+        raise UserError(f"optimizer must be 'adamw' or 'muon', got {optimizer!r}")
+    params = list(model.parameters())  # a tied matrix appears once
+    parts = hidden_matrices(model) if optimizer == "muon" else {}
+    hidden = [p for p in params if p in parts]
+    rest = [p for p in params if p not in parts]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type in ("cpu", "cuda"))
-    if not hidden:
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2),
+                              fused=params[0].device.type in ("cpu", "cuda"))
+    if optimizer == "adamw":
         return [(adamw, learning_rate)]
-    # c_attn holds three matrices, which do different things: the queries', the keys' and the values'.
-    fused = [p for name, p in params.items() if name.endswith("c_attn.weight")]
-    groups = [{"params": fused, "parts": 3}, {"params": [p for p in hidden if not any(p is q for q in fused)]}]
-    muon = Muon(groups, lr=muon_learning_rate, weight_decay=weight_decay, dtype=muon_dtype)
+    if not hidden:
+        raise UserError("optimizer 'muon' finds no linear layer in the model; use adamw")
+    groups = [{"params": [p for p in hidden if parts[p] == 3], "parts": 3},
+              {"params": [p for p in hidden if parts[p] == 1]}]
+    muon = Muon([g for g in groups if g["params"]], lr=muon_learning_rate, weight_decay=weight_decay, dtype=muon_dtype)
     return [(muon, muon_learning_rate), (adamw, learning_rate)]

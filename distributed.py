@@ -1,0 +1,151 @@
+"""One process or many. torchrun starts many, one for each device, and train.py runs in each of them:
+
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+
+Every process has a rank, from 0 to world_size - 1. Rank 0 is the main process: it prints and writes files. Without
+torchrun there is one process, and every function here does the obvious thing for it.
+"""
+import datetime
+import os
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+
+from files import UserError
+
+rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+is_distributed = "RANK" in os.environ
+store = None  # where processes leave each other messages
+calls = 0     # of run_on_main_process so far
+
+
+def is_main_process():
+    """Whether this process prints and writes files."""
+    return rank == 0
+
+
+def start(device):
+    """Joins the other processes, if torchrun started this one."""
+    global store
+    if not is_distributed:
+        return
+    store = next(dist.rendezvous("env://"))[0]
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun's store outlives a restart of the processes. Under a name of their own, the new ones do not find the
+        # addresses of the dead. (Several machines may count restarts differently: see docs/scaling.md.)
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    # Tensors on the CPU go through gloo, so that agreeing on a number does not wait for the GPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def finish(code=0):
+    """Ends the program. One of several processes skips Python's clean-up: a communication thread that lets go of its
+    last tensor meanwhile would crash the process (github.com/pytorch/pytorch/pull/179291)."""
+    if is_distributed:
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def print_once(*words):
+    """print, from the main process only."""
+    if is_main_process():
+        print(*words, flush=True)
+
+
+# --- agreeing on numbers ---
+
+def all_reduce(value, operation):
+    """A number of each process -> their "SUM", "MAX" or "MIN", in each process."""
+    if not is_distributed:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    return tensor.item()
+
+
+def all_reduce_sum(value):
+    """The sum of a number over all processes."""
+    return all_reduce(value, "SUM")
+
+
+def all_reduce_max(value):
+    """The maximum of a number over all processes."""
+    return all_reduce(value, "MAX")
+
+
+def run_on_main_process(function, *args):
+    """Calls the function in the main process, while the others wait as long as it takes. (A collective operation would
+    give up after some minutes.) A UserError there is one in all processes."""
+    global calls
+    calls += 1
+    error = ""
+    if is_main_process():
+        try:
+            function(*args)
+        except UserError as e:
+            if not is_distributed:
+                raise
+            error = str(e)
+    if is_distributed:
+        key = f"call {calls}"
+        if is_main_process():
+            store.set(key, error)
+        store.wait([key], datetime.timedelta(days=30))
+        error = store.get(key).decode()
+    if error:
+        raise UserError(error)
+
+
+# --- stopping: on SIGINT or SIGTERM all processes end after the same step ---
+
+_signal = 0
+
+
+def catch_stop_signals():
+    """From here on, Ctrl-C and SIGTERM only ask the program to stop: see `stop_signal`."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _on_stop)
+
+
+def _on_stop(number, frame):
+    """Notes the signal. The same signal once more ends the program at once."""
+    global _signal
+    if is_main_process():
+        os.write(2, b"finishing the step and saving; once more to quit at once, without saving\n")
+    _signal = number
+    signal.signal(number, signal.SIG_DFL)
+
+
+def stop_signal():
+    """The number of the signal that asks to stop, the same in all processes; 0 if there was none."""
+    return int(all_reduce_max(_signal))
+
+
+# --- one model in several processes ---
+
+def shard(model, device):
+    """FSDP: cuts every tensor by rows, one part for each process. A block is put together while it computes."""
+    from torch.distributed.fsdp import fully_shard
+    mesh = dist.init_device_mesh(device.type, (world_size,))
+    for part in (*model.h, model):
+        fully_shard(part, mesh=mesh)
+
+
+def replicate(model, device):
+    """DDP: every process holds the whole model. The backward pass averages the gradients over the processes."""
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def sync_gradients(model, on):
+    """Whether the next backward pass averages the gradients over the processes. A step with several micro-steps needs
+    it only in the last one."""
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model.require_backward_grad_sync = on
+    elif is_distributed:
+        model.set_requires_gradient_sync(on)

@@ -1,0 +1,360 @@
+"""The same model, faster. This file is about machines; whoever skips it misses nothing about GPTs.
+
+    for_training(model)                                    # train.py calls it
+    for_inference(model, dtype="bfloat16", compile=True)   # sample.py calls it
+
+Both change the model in place and return it: a layer gets a subclass that computes the same from the same weights.
+
+    layer of model.py       becomes           because                                                         gain
+    CausalSelfAttention     FusedAttention    PyTorch's fused kernel never stores the T x S scores            GAIN1
+                                              except where a CPU trains: there, written out, it is faster     GAIN2
+    nn.Dropout on a CPU     FastDropout       16 random bits decide as well as a float, and cost less         GAIN3
+    nn.Linear on a CPU      FastLinear        oneDNN multiplies float32 faster than MKL, but has no gradient  GAIN4
+                            PackedLinear      its weight lies in the order in which oneDNN reads it           GAIN5
+    nn.Linear               Int8Linear        a weight takes one byte instead of four                         GAIN6
+    decode_one_token        compiled          one loop reads each weight once, whatever its dtype             GAIN7
+
+    python fast.py   # measures the gains on this machine; those above are from NAME
+
+model.py has the last word. Only layers of exactly the class in the table are replaced, and one of each class is first
+compared with its replacement. Where they differ, because someone has changed model.py, the plain layer stays, and one
+line on standard error says so. The compiled step runs GPT.forward itself.
+"""
+import copy
+import functools
+import math
+import os
+import sys
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import GPT, CausalSelfAttention, KVCache, causal_mask
+
+# --- attention ---
+
+
+class FusedAttention(CausalSelfAttention):
+    """Attention by `F.scaled_dot_product_attention`, wherever that is faster than writing it out."""
+
+    def attend(self, q, k, v, positions):
+        """q (B, nh, T, hs), k and v (B, nh, S, hs) -> (B, nh, T, hs). The T queries are the newest of S positions."""
+        T, S = q.size(-2), k.size(-2)
+        dropout_p = self.attn_dropout.p if self.training else 0.0
+        if q.device.type == "cpu" and (dropout_p > 0.0 or (q.dtype == torch.bfloat16 and q.requires_grad)):
+            # The CPU's fused kernel has no dropout, and its backward pass in bfloat16 is slow.
+            return super().attend(q, k, v, positions)
+        if T == S:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        # With cached keys, is_causal=True would align the triangle with the oldest key instead of the newest. A single
+        # query is the newest position and may see every key.
+        mask = None if T == 1 else causal_mask(positions, S, q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+
+
+class CompiledAttention(CausalSelfAttention):
+    """Attention for a model whose decoding is compiled: the keys are a StaticCache's whole capacity, so the positions
+    always say which of them count."""
+
+    def attend(self, q, k, v, positions):
+        """q (B, nh, T, hs), k and v (B, nh, S, hs) -> (B, nh, T, hs)."""
+        T, S = q.size(-2), k.size(-2)
+        if T == S:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if T > 1:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(positions, S, q.dtype))
+        # For one query the compiler turns sums into loops that read each key and value once.
+        scores = (q.float() * k.float()).sum(-1) / math.sqrt(q.size(-1))                  # (B, nh, S)
+        weights = F.softmax(scores + causal_mask(positions, S, torch.float32), dim=-1)   # (B, nh, S)
+        return (weights[..., None] * v.float()).sum(-2, keepdim=True).to(q.dtype)         # (B, nh, 1, hs)
+
+
+# --- dropout ---
+
+class FastDropout(nn.Dropout):
+    """Dropout from 16 random bits a number: p is rounded to 1/65536. F.dropout draws a float for each number on a CPU,
+    which takes longer than the layers around it."""
+
+    def forward(self, x):
+        """x -> x with each number zeroed with probability p and the others divided by 1 - p, in training."""
+        if not self.training or self.p == 0.0:
+            return x
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)  # 4 from 64
+        keep = bits[:x.numel()].view(x.shape) >= min(round(self.p * 2 ** 16), 2 ** 16 - 1) - 2 ** 15
+        return x * (keep.to(x.dtype) / (1.0 - self.p))
+
+
+# --- linear layers ---
+
+def one_row(x, weight, scale=None, bias=None):
+    """The linear layer for a single row x (..., in), as a sum. Decoding multiplies one row: two operations for each
+    weight that it reads. Kernels made for many rows stay far below the memory's bandwidth there. The compiler turns
+    this sum into one loop over the weight, in whatever dtype it is stored."""
+    y = (weight.float() * x.float().flatten()).sum(dim=-1)
+    y = y if scale is None else y * scale
+    y = y if bias is None else y + bias
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class FastLinear(nn.Linear):
+    """A linear layer that leaves float32 to oneDNN where no gradient is needed, and a single row to the compiler."""
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        if torch.compiler.is_compiling():
+            return one_row(x, self.weight, None, self.bias) if x.numel() == x.size(-1) else super().forward(x)
+        if (x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
+                and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")):
+            # oneDNN's multiplication in float32 has no public name. F.linear uses it for bfloat16, and MKL for float32.
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return super().forward(x)
+
+
+class PackedLinear(FastLinear):
+    """A linear layer whose float32 weight lies in blocks, in the order in which oneDNN reads it for few rows. Only
+    oneDNN can read it, so the state dict and copies of the layer go through the ordinary layout."""
+
+    def prepare(self):
+        """Reorders the weight."""
+        weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 64)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def unpacked(self):
+        """The weight in the ordinary layout."""
+        return nn.Parameter(self.weight.to_dense(), requires_grad=False)
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.unpacked().detach()
+
+    def __getstate__(self):
+        return self.__dict__ | {"_parameters": self._parameters | {"weight": self.unpacked()}}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.prepare()
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer with an int8 weight and one scale for each output: each row of the weight is divided by its
+    largest magnitude / 127 and rounded, so an entry is off by at most 1/254 of the row's largest."""
+
+    def prepare(self):
+        """Replaces the weight."""
+        weight = self.weight.detach().float()
+        self.register_buffer("scale", weight.abs().amax(dim=1).clamp(min=1e-12) / 127)
+        self.weight = nn.Parameter((weight / self.scale[:, None]).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        if torch.compiler.is_compiling() and x.numel() == x.size(-1):
+            return one_row(x, self.weight, self.scale, self.bias)
+        y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+# --- compiled decoding ---
+
+class StaticCache(KVCache):
+    """A cache for compiled code. Its length is a tensor, and `append` returns the whole capacity, so no shape and no
+    number in the program changes from token to token. The attention finds out from the positions what is filled."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.length = torch.zeros(1, dtype=torch.long, device=self.k[0].device)
+
+    def positions(self, T):
+        """The positions (T,) of the next T tokens."""
+        return self.length + torch.arange(T, device=self.length.device)
+
+    def append(self, layer, k, v):
+        """Stores the keys and values (B, nh, T, hs) of T new positions; returns (B, nh, capacity, hs)."""
+        positions = self.positions(k.size(2))
+        self.k[layer].index_copy_(2, positions, k)
+        self.v[layer].index_copy_(2, positions, v)
+        return self.k[layer], self.v[layer]
+
+    def reset(self):
+        """Forgets all positions."""
+        self.length.zero_()
+
+    def repeat(self, n):
+        """A cache that holds every sequence n times, side by side."""
+        repeated = super().repeat(n)
+        repeated.length = self.length.clone()
+        return repeated
+
+
+@functools.cache
+def compiled_step(on_cuda, dtype):
+    """GPT.decode_one_token, compiled: once for each shape of the cache. On CUDA it becomes a CUDA graph."""
+    how = dict(dynamic=False, isolate_recompiles=True, recompile_limit=64)
+    if on_cuda:
+        return torch.compile(GPT.decode_one_token, mode="reduce-overhead", **how)
+    # Left alone, the compiler writes each layer norm into the loop of the linear layer after it, and so computes it for
+    # every output anew. An expression of this many operations is stored once instead; the linear layer's own are fewer.
+    how["options"] = {"realize_opcount_threshold": 12 if dtype == "bfloat16" else 8}
+    return torch.compile(GPT.decode_one_token, **how)
+
+
+class Prepared:
+    """What a model that is prepared for inference does differently; mixed into its class."""
+    prepared_as = None   # dtype, whether decoding is compiled
+    was_tied = False     # whether lm_head's weight, now in another layout or dtype, was wte's
+
+    def train(self, mode=True):
+        """Only evaluation mode: the weights cannot be trained any more."""
+        if mode:
+            raise RuntimeError("this model was prepared for inference and cannot train; load it again")
+        return super().train(False)
+
+    def num_parameters(self, embeddings=True):
+        """As before the preparation."""
+        return super().num_parameters(embeddings) - (self.lm_head.weight.numel() if self.was_tied else 0)
+
+    def new_cache(self, batch_size, length=None):
+        """The plain cache, or for compiled decoding a StaticCache of few different sizes: each is compiled for."""
+        if not self.prepared_as[1]:
+            return super().new_cache(batch_size, length)
+        length = self.config.block_size if length is None else 2 ** (length - 1).bit_length()
+        length = min(self.config.block_size, length)
+        return StaticCache(self.config, batch_size, length, self.wte.weight.device, self.wte.weight.dtype)
+
+    def decode_one_token(self, token, cache):
+        """The plain step or, with a StaticCache, the compiled one."""
+        if not isinstance(cache, StaticCache):
+            return super().decode_one_token(token, cache)
+        return compiled_step(token.device.type == "cuda", self.prepared_as[0])(self, token, cache)
+
+
+class PreparedGPT(Prepared, GPT):
+    """A GPT that is prepared for inference."""
+
+
+# --- replacing layers, after a comparison ---
+
+def twin(layer, fast):
+    """The layer again, sharing its parameters, as the class `fast`."""
+    other = copy.copy(layer)
+    other.__dict__ = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
+    return become(other, fast)
+
+
+def become(layer, fast):
+    """Gives the layer the class `fast`, in place, and its weight the layout that the class needs."""
+    layer.__class__ = fast
+    if fast in (PackedLinear, Int8Linear):
+        layer.prepare()
+    return layer
+
+
+def same(a, b):
+    """Whether two tensors agree but for rounding in float32."""
+    return bool((a.float() - b.float()).abs().max() <= 1e-4 * max(1.0, b.abs().max().item()))
+
+
+def computes_the_same(layer, fast, block_size):
+    """Whether a layer of the class `fast` computes the same as this one. If it fails, it does not."""
+    g, device = torch.Generator().manual_seed(0), next(layer.parameters()).device
+    try:
+        new = twin(layer, fast)
+        if isinstance(layer, nn.Linear):
+            if fast is Int8Linear:  # the reference has the rounded weight
+                layer = twin(layer, nn.Linear)
+                layer.weight = nn.Parameter(new.weight * new.scale[:, None])
+            x = torch.randn(3, layer.in_features, generator=g).to(layer.weight)
+            return all(same(new(rows), layer(rows)) for rows in (x, x[:1]))
+        # A whole sequence; a chunk and a single token after a long prefix. Scores as large as these, and a prefix of
+        # block_size, show a limit that someone has set to either.
+        for T, S in ((min(16, block_size),) * 2, (min(5, block_size), block_size), (1, block_size)):
+            q, k, v = (torch.randn(1, layer.n_head, n, layer.c_proj.in_features // layer.n_head, generator=g).to(device)
+                       for n in (T, S, S))
+            case = 6 * q, k, v, torch.arange(S - T, S, device=device)
+            if not same(new.attend(*case), layer.attend(*case)):
+                return False
+        return True
+    except Exception:
+        return False
+
+
+def replace(model, plain, fast):
+    """Replaces the layers of exactly the class `plain`, if one of them computes the same as its replacement. (Dropout
+    is random, so tests compare its shares and sums instead.)"""
+    layers = [module for module in model.modules() if type(module) is plain]
+    if not layers or (fast is not FastDropout and not computes_the_same(layers[0], fast, model.config.block_size)):
+        return stay_plain(plain, fast) if layers else None
+    for layer in layers:
+        become(layer, fast)
+
+
+def stay_plain(plain, fast):
+    """Says that a layer is not replaced."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"fast.py: {plain.__name__} computes something else than {fast.__name__} does, so it stays as it is in "
+              "model.py, which may be slower", file=sys.stderr)
+
+
+def restore(model):
+    """Takes back what for_training replaced. RuntimeError after for_inference, which cannot be taken back."""
+    if isinstance(model, Prepared):
+        raise RuntimeError("this model was prepared for inference already; load it again")
+    for module in model.modules():
+        if type(module) in (FusedAttention, FastDropout, FastLinear):
+            module.__class__ = type(module).__base__
+
+
+def has_onednn(model):
+    """Whether the model lies on a CPU and PyTorch was built with oneDNN."""
+    return model.wte.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
+def for_training(model):
+    """Replaces layers by faster ones, in place; also returns the model."""
+    restore(model)
+    with torch.no_grad():
+        replace(model, CausalSelfAttention, FusedAttention)
+        if model.wte.weight.device.type == "cpu":
+            replace(model, nn.Dropout, FastDropout)
+        if has_onednn(model):
+            replace(model, nn.Linear, FastLinear)
+    return model
+
+
+@torch.no_grad()
+def for_inference(model, dtype="float32", compile=False):
+    """Prepares a model for generation on the device where it lies, in place; also returns it. dtype is that of the
+    weights: "float32", "bfloat16", or "int8", which concerns the linear layers alone. With compile, the step for one
+    token is compiled when it is first taken. The model cannot be trained afterwards. ValueError for another dtype,
+    RuntimeError if the model was prepared already."""
+    if dtype not in ("float32", "bfloat16", "int8"):
+        raise ValueError(f"dtype must be float32, bfloat16 or int8, got {dtype!r}")
+    restore(model)
+    replace(model, CausalSelfAttention, CompiledAttention if compile else FusedAttention)
+    if dtype != "int8":
+        model.to(getattr(torch, dtype))
+    before = {module: module.weight for module in model.modules() if type(module) is nn.Linear}
+    was_tied = model.lm_head.weight is model.wte.weight
+    if dtype == "int8":
+        replace(model, nn.Linear, Int8Linear)
+    elif compile:
+        replace(model, nn.Linear, FastLinear)
+    elif dtype == "float32" and has_onednn(model):
+        replace(model, nn.Linear, PackedLinear)
+    try:
+        model.eval()(torch.zeros(1, 1, dtype=torch.long, device=model.wte.weight.device))
+    except Exception:  # someone uses a weight directly, and it has another layout now
+        for layer, weight in before.items():
+            if layer is model.lm_head:
+                stay_plain(nn.Linear, type(layer))
+            layer.__class__, layer.weight = nn.Linear, weight
+            layer._buffers.pop("scale", None)
+    cls = type(model)
+    model.__class__ = PreparedGPT if cls is GPT else type(f"Prepared{cls.__name__}", (Prepared, cls), {})
+    model.prepared_as = dtype, compile
+    model.was_tied = was_tied and model.lm_head.weight is not model.wte.weight
+    return model
