@@ -1,8 +1,10 @@
 """Shared by the tests: a small text of our own, a copy of the scripts to run them in, and a way to run them."""
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,32 +22,60 @@ TEXT = "\n".join(
     for a in ("old", "young", "quiet", "seventh") for b in ("miller", "ferryman", "fox", "clock")
     for c in ("sleeps", "sings", "waits") for d in ("river", "window", "gate") for e in ("nobody minds", "it rains"))
 
+warm_process = None  # tests/warm.py, started by the first script that runs; it ends with this process
+
+
+def run_warm(command, folder, environment):
+    """Runs [python, script, ...] in a copy of the warm process; returns what subprocess.run would."""
+    global warm_process
+    if warm_process is None:
+        warm_process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "warm.py")], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with tempfile.TemporaryDirectory() as outputs:
+        stdout, stderr = Path(outputs, "stdout"), Path(outputs, "stderr")
+        request = {"arguments": command[1:], "folder": str(folder), "environment": environment,
+                   "stdout": str(stdout), "stderr": str(stderr)}
+        print(json.dumps(request), file=warm_process.stdin, flush=True)
+        code = int(warm_process.stdout.readline())
+        return subprocess.CompletedProcess(command, code, stdout.read_text(), stderr.read_text())
+
 
 class Project:
     """A copy of the scripts, with data/ and out/ of its own."""
 
     def __init__(self, folder):
         self.folder = folder
-        for path in list(ROOT.glob("*.py")):
+        for path in (*ROOT.glob("*.py"), *ROOT.glob("*.html")):
             shutil.copy(path, folder)
         shutil.copytree(ROOT / "config", folder / "config")
 
     def command(self, script, *arguments):
+        """The command that runs a script in a process of its own, for subprocess."""
         return [sys.executable, str(self.folder / script), *map(str, arguments)]
 
-    def run(self, script, *arguments, cwd=None, env=None):
-        """Runs a script to its end; checks that it succeeds, and returns its standard output."""
-        done = subprocess.run(self.command(script, *arguments), capture_output=True, text=True,
-                              cwd=cwd or self.folder, env=os.environ | (env or {}))
+    def finish(self, script, *arguments, cwd=None, env=None, fresh=False):
+        """Runs a script to its end, however it ends; returns its exit code and output as subprocess.run does.
+
+        A copy of the warm process runs it. A process of its own does with fresh=True, where there is no fork, and where
+        variables are set that libraries read while they are imported."""
+        command, folder, environment = self.command(script, *arguments), cwd or self.folder, os.environ | (env or {})
+        early = any(name.startswith(("PYTHON", "OMP_", "MKL_", "LD_", "MALLOC_", "TORCH")) for name in env or {})
+        if fresh or early or not hasattr(os, "fork"):
+            return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+        return run_warm(command, folder, environment)
+
+    def run(self, script, *arguments, **how):
+        """Runs a script as `finish` does; checks that it succeeds, and returns its standard output."""
+        done = self.finish(script, *arguments, **how)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def fails(self, script, *arguments, env=None):
+    def fails(self, script, *arguments, **how):
         """Runs a script that must fail with one line on stderr; returns that line."""
-        done = subprocess.run(self.command(script, *arguments), capture_output=True, text=True, cwd=self.folder,
-                              env=os.environ | (env or {}))
-        assert done.returncode != 0, done.stdout
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        done = self.finish(script, *arguments, **how)
+        assert done.returncode > 0, done.stdout + done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.splitlines(keepends=True) == [done.stderr], done.stderr
+        assert done.stderr.endswith("\n")
         return done.stderr
 
 
