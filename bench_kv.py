@@ -1,26 +1,15 @@
-"""What the key-value cache buys in time, and what it costs in memory; and how near decoding comes to the memory's speed.
+"""What the key-value cache buys in time, what it costs in memory, and how near decoding comes to the memory bandwidth.
 
-    python bench_kv.py                                    # the character model and GPT-2 124M, random weights, < 10 minutes
-    python bench_kv.py --model=gpt2 --peers --json=kv.json   # also Hugging Face's generate; figures for plot.py --what=kv
-    python bench_kv.py --model=gpt2 --dtype=bfloat16 --compile=True --prompt=64 --batch=1     # one line of the table
-    python bench_kv.py --out_dir=out                      # a trained model, or --init_from=gpt2
+    python bench_kv.py                               # the character model and GPT-2 124M, random weights: 4 minutes
+    python bench_kv.py --peers --json=kv.json        # also Hugging Face's generate; figures for plot.py --what=kv
+    python bench_kv.py --model=gpt2 --dtype=bfloat16 --compile=True --prompt=64 --batch=1    # one line of the table
+    python bench_kv.py --out_dir=out                 # a trained model, or --init_from=gpt2
 
-Greedy text of 100 new tokens; the variants take turns, and medians are shown. Exit code 1 if, in float32 and eager mode at
-batch 1, the text differs with and without the cache, or the cache is less than 3 times as fast from a prompt of 64.
+Greedy text of 100 new tokens. The variants take turns, and medians are shown. The exit code is 1 if, in float32 and
+eager mode at batch 1, the text differs with and without the cache, or if the cache is less than 3 times as fast from a
+prompt of 64.
 """
-import copy
-import json as json_format
-import shutil
-import statistics
-import sys
-import tempfile
-import time
-from pathlib import Path
-
-import torch
-
-from checkpoint import load_model, load_pretrained, save_pretrained
-from model import GPT, GPTConfig, KVCache, Linear, keep_top_p
+import os
 
 model: str | None = None       # char (10.7M parameters, block 256) or gpt2 (124M, block 1024); None: both
 out_dir: str | None = None     # instead: the model of this run
@@ -33,19 +22,49 @@ new_tokens = 100               # tokens to generate
 repeats = 3                    # of each measurement, except for the slow ones
 peers = False                  # also Hugging Face's generate with its cache, in float32
 json: str | None = None        # a file for the figures: a list of records, one a measurement
-device: str | None = None      # cpu or cuda; None: cuda if there is one
+device: str | None = None      # cpu, cuda, mps, xpu; None: the best there is
 seed = 1337                    # of the weights and prompts
-exec((Path(__file__).resolve().parent / "configurator.py").read_text(encoding="utf-8"))
+# Settings are read before the heavy imports, so that --help and a typo answer at once.
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 
-device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+import importlib.util
+
+from files import UserError, write_atomically
+
+if model not in (None, "char", "gpt2"):
+    raise UserError(f"model must be char or gpt2, got {model!r}")
+if dtype not in (None, "float32", "bfloat16", "int8"):
+    raise UserError(f"dtype must be float32, bfloat16 or int8, got {dtype!r}")
+if new_tokens < 4 or repeats < 1:
+    raise UserError(f"new_tokens must be at least 4 and repeats at least 1, got {new_tokens} and {repeats}")
+if (prompt is not None and prompt < 1) or (batch is not None and batch < 1):
+    raise UserError(f"prompt and batch must be at least 1, got {prompt} and {batch}")
+if peers and not (importlib.util.find_spec("transformers") and importlib.util.find_spec("safetensors")):
+    raise UserError("--peers needs: pip install transformers safetensors")
+
+import copy
+import json as json_format
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+
+import torch
+
+from checkpoint import load_model, load_pretrained, save_pretrained
+from device import choose_device, synchronize
+from fast import for_inference
+from model import GPT, GPTConfig, keep_top_p
+
+device = choose_device(device)
 MODELS = {"char": GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, bias=False),
           "gpt2": GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)}
 
 
 def clock():
     """Seconds, after all work on the device is done."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter()
 
 
@@ -59,9 +78,9 @@ def time_of(function):
 # --- one measurement ---
 
 def generate(gpt, idx, use_cache=True):
-    """Greedy text, after a short one to warm up -> seconds until the first new token, seconds for each of the others, the
-    new ids (B, n)."""
-    if use_cache:  # weights that have lain idle come slowly the first time
+    """Greedy text, after a short one to warm up -> seconds until the first new token, seconds for each of the others,
+    the new ids (B, n)."""
+    if use_cache:  # the first use of weights that were idle is slow
         gpt.generate(idx, 2, temperature=0)
     times, tokens, mark = [], [], clock()
     for token in gpt.stream(idx, new_tokens, temperature=0, use_cache=use_cache):
@@ -87,7 +106,7 @@ def generate_huggingface(hf, idx):
 @torch.no_grad()
 def logits_along(gpt, ids, length):
     """The logits with which the cache predicts each token of ids (1, T) from position `length` on."""
-    cache = KVCache(gpt.config, 1, None, device, gpt.compute_dtype())
+    cache = gpt.new_cache(1)
     logits = [gpt.prefill(ids[:, :length], cache)]
     for t in range(length, ids.size(1) - 1):
         logits.append(gpt.decode_one_token(ids[:, t], cache))
@@ -97,7 +116,7 @@ def logits_along(gpt, ids, length):
 @torch.no_grad()
 def token_time_at(gpt, position, n=10):
     """Seconds to decode one token with `position` tokens in the cache: the median of n."""
-    cache = KVCache(gpt.config, 1, None, device, gpt.compute_dtype())
+    cache = gpt.new_cache(1)
     gpt.prefill(torch.zeros(1, position, dtype=torch.long, device=device), cache)
     token = torch.zeros(1, dtype=torch.long, device=device)
     return statistics.median(time_of(lambda: gpt.decode_one_token(token, cache)) for _ in range(n))
@@ -111,7 +130,7 @@ def memory_bandwidth():
 
 def weight_bytes(gpt):
     """Bytes of the matrices that every decoded token reads."""
-    return sum(m.weight.nbytes for m in gpt.modules() if isinstance(m, Linear))
+    return sum(m.weight.nbytes for m in gpt.modules() if isinstance(m, torch.nn.Linear))
 
 
 # --- all measurements of one model ---
@@ -138,11 +157,11 @@ def bench(name, gpt, bandwidth):
     plan = list(variants(config))
     longest = max(p for *_, p in plan) + new_tokens
     if longest > config.block_size:
-        raise ValueError(f"a prompt of {longest - new_tokens} and {new_tokens} new tokens exceed the block_size of {name}, "
-                         f"{config.block_size}; lower --prompt or --new_tokens")
+        raise UserError(f"a prompt of {longest - new_tokens} and {new_tokens} new tokens exceed the block_size of "
+                        f"{name}, {config.block_size}; lower --prompt or --new_tokens")
     print(f"\n{name}: {gpt.num_parameters():,} parameters, block_size {config.block_size}, {device}, "
           f"{torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s")
-    gpts = {(d, c): copy.deepcopy(gpt).for_inference(d, c) for d, c in {(d, c) for d, c, *_ in plan}}
+    gpts = {(d, c): for_inference(copy.deepcopy(gpt), d, c) for d, c in {(d, c) for d, c, *_ in plan}}
     idx = torch.randint(config.vocab_size, (max(b for *_, b, _ in plan), longest), device=device,
                         generator=torch.Generator(device).manual_seed(seed))
     runs = {v: lambda v=v: generate(gpts[v[:2]], idx[:v[3], :v[4]], v[2]) for v in plan}
@@ -183,10 +202,11 @@ def bench(name, gpt, bandwidth):
         records.append({"model": name, "peer": peer, "dtype": kind, "compile": is_compiled, "use_cache": use_cache,
                         "batch": rows, "prompt": length, "new_tokens": new_tokens, "tokens_per_second": speed,
                         "prefill_seconds": prefill, "decode_seconds": decode, "compile_seconds": compiled.get(v),
-                        "share_of_bandwidth": read, "device": device})
-        print(f"{peer or 'ours':<12}{kind:<10}{'compiled' if is_compiled else 'eager':<10}{'yes' if use_cache else 'no':<7}"
-              f"{rows:<7}{length:<8}{prefill:<11.3f}{decode:<10.2f}{speed:<10.1f}{f'{read:.0%}' if read else '':<11}"
-              f"{f'{compiled[v]:.0f}' if v in compiled else '':<10}", flush=True)
+                        "share_of_bandwidth": read, "device": str(device)})
+        columns = (peer or "ours", 12), (kind, 10), ("compiled" if is_compiled else "eager", 10), (
+            "yes" if use_cache else "no", 7), (rows, 7), (length, 8), (f"{prefill:.3f}", 11), (f"{decode:.2f}", 10), (
+            f"{speed:.1f}", 10), (f"{read:.0%}" if read else "", 11), (f"{compiled[v]:.0f}" if v in compiled else "", 10)
+        print("".join(f"{value:<{width}}" for value, width in columns), flush=True)
 
     return records, report(config, gpts, plan, results, total, idx)
 
@@ -205,10 +225,10 @@ def report(config, gpts, plan, results, total, idx):
     if eager in gpts:
         gpt, early, late = gpts[eager], min(50, config.block_size // 4), config.block_size - 24
         times = [[token_time_at(gpt, position) for position in (early, late)] for _ in range(repeats)]
-        early_time, late_time = (statistics.median(t) for t in zip(*times))
+        early_time, late_time = (statistics.median(t) for t in zip(*times, strict=True))
         print(f"time for a token at position {early}: {early_time * 1e3:.1f} ms; at {late}: {late_time * 1e3:.1f} ms "
               f"({late_time / early_time:.2f} times)")
-        cache = KVCache(config, 1, None, device, torch.float32)
+        cache = gpt.new_cache(1)
         formula = 2 * config.n_layer * config.block_size * config.n_embd * 4
         print(f"cache for a whole context, float32, batch 1: {cache.nbytes:,} bytes measured, {formula:,} by "
               f"2 * n_layer * B * length * n_embd * bytes")
@@ -223,42 +243,23 @@ def report(config, gpts, plan, results, total, idx):
         exact = gpts[reference[:2]](ids)[0][:, reference[4] - 1:-1].float()
     for key, gpt in sorted(gpts.items()):
         logits = logits_along(gpt, ids, reference[4])
-        print(f"{key[0]}, {'compiled' if key[1] else 'eager'}, with the cache, against a full forward pass in {reference[0]}: "
-              f"logits differ by at most {(logits - exact).abs().max():.1e} (the largest is {exact.abs().max():.1f}), "
-              f"{(logits.argmax(-1) == exact.argmax(-1)).float().mean():.0%} of the next tokens are the same")
+        difference, largest = (logits - exact).abs().max(), exact.abs().max()
+        agreeing = (logits.argmax(-1) == exact.argmax(-1)).float().mean()
+        print(f"{key[0]}, {'compiled' if key[1] else 'eager'}, with the cache, against a full forward pass in "
+              f"{reference[0]}: logits differ by at most {difference:.1e} (the largest is {largest:.1f}), {agreeing:.0%} "
+              "of the next tokens are the same")
     return good
 
 
-def main():
-    """Runs the measurements that the settings ask for; returns the exit code."""
-    if model is not None and model not in MODELS:
-        raise ValueError(f"model must be char or gpt2, got {model!r}")
-    if dtype not in (None, "float32", "bfloat16", "int8"):
-        raise ValueError(f"dtype must be float32, bfloat16 or int8, got {dtype!r}")
-    if new_tokens < 4 or repeats < 1:
-        raise ValueError(f"new_tokens must be at least 4 and repeats at least 1, got {new_tokens} and {repeats}")
-    if peers:
-        try:
-            import transformers
-        except ImportError:
-            raise ValueError("--peers needs: pip install transformers safetensors") from None
-    torch.manual_seed(seed)
-    if init_from or out_dir:
-        gpts = {init_from or out_dir: load_pretrained(init_from)[0] if init_from else load_model(out_dir)[0]}
-    else:
-        gpts = {name: GPT(config) for name, config in MODELS.items() if model in (None, name)}
-    bandwidth, records, good = memory_bandwidth(), [], True
-    for name, gpt in gpts.items():
-        found, passed = bench(name, gpt.to(device).eval(), bandwidth)
-        records, good = records + found, good and passed
-    if json:
-        temporary = Path(json + ".tmp")
-        temporary.write_text(json_format.dumps(records, indent=1))
-        temporary.replace(json)
-    return 0 if good else 1
-
-
-try:
-    sys.exit(main())
-except (ValueError, RuntimeError, OSError) as e:
-    sys.exit(f"error: {e}")
+torch.manual_seed(seed)
+if init_from or out_dir:
+    gpts = {init_from or out_dir: load_pretrained(init_from)[0] if init_from else load_model(out_dir)[0]}
+else:
+    gpts = {name: GPT(config) for name, config in MODELS.items() if model in (None, name)}
+bandwidth, records, good = memory_bandwidth(), [], True
+for name, gpt in gpts.items():
+    found, passed = bench(name, gpt.to(device).eval(), bandwidth)
+    records, good = records + found, good and passed
+if json:
+    write_atomically(json, json_format.dumps(records, indent=1).encode())
+sys.exit(0 if good else 1)

@@ -316,8 +316,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
                eos_id=None, num_samples=1, use_cache=True, generator=None):
-        """Continues each prompt of idx (B, T) num_samples times and yields the ids of each step, (B * num_samples,): the
-        samples of one prompt stand side by side. Stops after max_new_tokens, or when all samples have produced eos_id,
+        """Continues each prompt of idx (B, T) num_samples times and yields the ids of each step, (B * num_samples,),
+        with the samples of a prompt side by side. Stops after max_new_tokens, or when all samples have produced eos_id,
         which also pads samples that are done. Temperature 0 takes the most likely token. use_cache=False computes the
         same without a cache, slowly. ValueError for an argument out of range or an id outside the vocabulary."""
         check_sampling(temperature, top_k, top_p, repetition_penalty)

@@ -2,33 +2,52 @@
 
     python sample.py --start="ROMEO:"                          # the best checkpoint of the run in out/
     python sample.py --start=FILE:prompt.txt --num_samples=3 --top_p=0.9
-    python sample.py --temperature=0                           # always the likeliest token
+    python sample.py --temperature=0                           # always the most likely token
     python sample.py --init_from=gpt2 --start="The answer is"  # GPT-2's weights: by name, or a Hugging Face folder
 
-Several samples are generated together; the first is shown as it comes, the others when they are complete.
+Several samples are generated together. The first is shown as it comes, the others when they are complete.
 """
-import sys
-from pathlib import Path
-
-import torch
-
-from checkpoint import load_model, load_pretrained
+import os
 
 init_from = "resume"               # resume: the run in out_dir; else gpt2, ..., gpt2-xl, a Hugging Face name or folder
 out_dir = "out"                    # the run to take the model from
 start = "\n"                       # the prompt, or FILE:path to read it from a file; "" for an end-of-text token
 num_samples = 1                    # texts to write
 max_new_tokens = 500               # tokens in each, at most
-temperature = 0.8                  # below 1 plays safe, above 1 dares more, 0 always takes the likeliest token
-top_k: int | None = None           # draw from the k likeliest tokens only
+temperature = 0.8                  # below 1 plays safe, above 1 dares more, 0 always takes the most likely token
+top_k: int | None = None           # draw from the k most likely tokens only
 top_p: float | None = None         # draw from the smallest set of tokens that holds this much probability
 repetition_penalty = 1.0           # above 1 makes tokens that have occurred less likely
 stop: str | None = None            # a text that ends a sample; it is not shown
 seed = 1337                        # the same seed gives the same text
-device: str | None = None          # cpu, cuda, cuda:1, mps; None: the best there is
+device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
 dtype: str | None = None           # of the weights: float32, bfloat16 or int8; None: bfloat16 on CUDA, else float32
 compile = False                    # compile the step for one token: faster from a few hundred tokens on
-exec((Path(__file__).resolve().parent / "configurator.py").read_text(encoding="utf-8"))
+# Settings are read before the heavy imports, so that --help and a typo answer at once.
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+
+import math
+import sys
+from pathlib import Path
+
+from files import UserError
+
+for name, good, expected in (
+        ("num_samples", num_samples >= 1, "at least 1"), ("max_new_tokens", max_new_tokens >= 0, "at least 0"),
+        ("temperature", 0.0 <= temperature < math.inf, "a number of at least 0"),
+        ("top_k", top_k is None or top_k >= 1, "at least 1"),
+        ("top_p", top_p is None or 0.0 < top_p <= 1.0, "in (0, 1]"),
+        ("repetition_penalty", 0.0 < repetition_penalty < math.inf, "a number above 0"),
+        ("stop", stop != "", "a text, not empty"), ("seed", -2 ** 63 <= seed < 2 ** 64, "a number of at most 64 bits"),
+        ("dtype", dtype in (None, "float32", "bfloat16", "int8"), "float32, bfloat16 or int8")):
+    if not good:
+        raise UserError(f"{name} must be {expected}, got {config[name]!r}")
+
+import torch
+
+from checkpoint import load_model, load_pretrained
+from device import choose_device, has_fast_bfloat16
+from fast import for_inference
 
 
 class Text:
@@ -60,61 +79,45 @@ class Text:
         self.shown = max(self.shown, len(self.text) - held)
 
 
-@torch.inference_mode()
-def main():
-    """Loads the model, generates, prints."""
-    model, tok = load_model(out_dir)[:2] if init_from == "resume" else load_pretrained(init_from)
-    if tok is None:
-        raise ValueError(f"{init_from} has no tokenizer that is known here (GPT-2's); a character model can be sampled from "
-                         "its run's folder, with --out_dir")
-    where = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    precision = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
-    if precision not in ("float32", "bfloat16", "int8"):
-        raise ValueError(f"dtype must be float32, bfloat16 or int8, got {precision!r}")
-    try:
-        model.to(where).for_inference(precision, compile)
-    except (RuntimeError, AssertionError) as e:  # torch raises either, depending on the device
-        raise ValueError(f"device {where!r} cannot be used: {str(e).splitlines()[0]}") from None
-
+def read_prompt(tok):
+    """The prompt as text and as ids."""
     prompt = start
     if start.startswith("FILE:"):
         try:
             prompt = Path(start[5:]).read_text(encoding="utf-8")
         except UnicodeDecodeError as e:
-            raise ValueError(f"{start[5:]} is not UTF-8 at byte {e.start}; convert it first, for example with iconv") from None
+            raise UserError(f"{start[5:]} is not UTF-8 at byte {e.start}; convert it first, for example with iconv"
+                            ) from None
     ids = tok.encode(prompt) if prompt else [tok.eot] if tok.eot is not None else []
     if not ids:
-        raise ValueError(f"{'the file' if start else '--start'} is empty, and this model has no end-of-text token to begin "
-                         "with; give some text")
-    if len(ids) > model.config.block_size:
-        print(f"the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}", file=sys.stderr)
-
-    texts = [Text(tok) for _ in range(num_samples)]
-    generator = torch.Generator(where).manual_seed(seed)
-    stream = model.stream(torch.tensor([ids], device=where), max_new_tokens, temperature, top_k, top_p,
-                          repetition_penalty, tok.eot, num_samples, generator=generator)
-    print(prompt, end="", flush=True)
-    for step in stream:
-        for text, i in zip(texts, step.tolist()):
-            text.push(i)
-        texts[0].show()
-        if all(text.done for text in texts):
-            break
-    for n, text in enumerate(texts):
-        text.end()
-        if n > 0:
-            print(f"---\n{prompt}", end="")
-        text.show()
-        print()
+        raise UserError(f"{'the file' if start else '--start'} is empty, and this model has no end-of-text token to "
+                        "begin with; give some text")
+    return prompt, ids
 
 
-try:
-    main()
-except (ValueError, RuntimeError, OSError) as e:
-    if isinstance(e, BrokenPipeError):  # the reader of our output, head for example, has had enough
-        sys.stderr.close()
-        sys.exit(0)
-    sys.exit(f"error: {e}")
-except KeyboardInterrupt:
+device = choose_device(device)
+model, tok = load_model(out_dir)[:2] if init_from == "resume" else load_pretrained(init_from)
+if tok is None:
+    raise UserError(f"{init_from} has no tokenizer that is known here (GPT-2's); a character model can be sampled from "
+                    "its run's folder, with --out_dir")
+prompt, ids = read_prompt(tok)
+if len(ids) > model.config.block_size:
+    print(f"the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}", file=sys.stderr)
+dtype = dtype or ("bfloat16" if device.type == "cuda" and has_fast_bfloat16(device) else "float32")
+for_inference(model.to(device), dtype, compile)
+
+texts = [Text(tok) for _ in range(num_samples)]
+print(prompt, end="", flush=True)
+for step in model.stream(torch.tensor([ids], device=device), max_new_tokens, temperature, top_k, top_p,
+                         repetition_penalty, tok.eot, num_samples, generator=torch.Generator(device).manual_seed(seed)):
+    for text, i in zip(texts, step.tolist(), strict=True):
+        text.push(i)
+    texts[0].show()
+    if all(text.done for text in texts):
+        break
+for n, text in enumerate(texts):
+    text.end()
+    if n > 0:
+        print(f"---\n{prompt}", end="")
+    text.show()
     print()
-    sys.exit(130)

@@ -261,15 +261,20 @@ def evaluate(data, evenly=False):
 
 # --- training ---
 
-def training_step(x, y):
-    """One optimizer step on x and y (micro_steps * micro_batch, T) -> the loss and the gradient's norm, as tensors."""
+def forward_backward(x, y):
+    """Puts the gradients of the mean loss on x and y (micro_steps * micro_batch, T) into .grad; returns the loss."""
     loss_sum = torch.zeros((), device=device)
     for i, (xm, ym) in enumerate(zip(x.split(micro_batch), y.split(micro_batch), strict=True)):
         distributed.sync_gradients(model, i == micro_steps - 1)
         with autocast:
-            loss = model(xm, ym)[1] / micro_steps  # forward
-        scaler.scale(loss).backward()              # backward: adds the gradients to each parameter's .grad
+            loss = model(xm, ym)[1] / micro_steps
+        scaler.scale(loss).backward()  # adds to .grad
         loss_sum += loss.detach()
+    return loss_sum
+
+
+def update_weights():
+    """One optimizer step from the gradients in .grad, which are gone then; returns their norm before clipping."""
     for o, _ in optimizers:
         scaler.unscale_(o)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
@@ -279,7 +284,7 @@ def training_step(x, y):
         scaler.step(o)
         o.zero_grad(set_to_none=True)
     scaler.update()
-    return loss_sum, grad_norm
+    return grad_norm
 
 
 def check_finite(*losses):
@@ -322,7 +327,8 @@ if __name__ == "__main__":
         # Dropout's masks follow from the seed, the step and the process, so a resumed run draws the same.
         torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, distributed.rank)).generate_state(1)[0]))
         x, y = get_batch(iter_num)
-        loss, grad_norm = training_step(x, y)
+        loss = forward_backward(x, y)
+        grad_norm = update_weights()
         iter_num += 1
 
         last = iter_num == max_iters
