@@ -316,13 +316,15 @@ def has_onednn(model):
 def for_training(model):
     """Replaces layers by faster ones, in place; also returns the model."""
     restore(model)
+    was_training = model.training
+    model.eval()  # the comparisons are without dropout
     with torch.no_grad():
         replace(model, CausalSelfAttention, FusedAttention)
         if model.wte.weight.device.type == "cpu":
             replace(model, nn.Dropout, FastDropout)
         if has_onednn(model):
             replace(model, nn.Linear, FastLinear)
-    return model
+    return model.train(was_training)
 
 
 @torch.no_grad()
@@ -333,7 +335,7 @@ def for_inference(model, dtype="float32", compile=False):
     RuntimeError if the model was prepared already."""
     if dtype not in ("float32", "bfloat16", "int8"):
         raise ValueError(f"dtype must be float32, bfloat16 or int8, got {dtype!r}")
-    restore(model)
+    restore(model.eval())
     replace(model, CausalSelfAttention, CompiledAttention if compile else FusedAttention)
     if dtype != "int8":
         model.to(getattr(torch, dtype))
@@ -346,7 +348,7 @@ def for_inference(model, dtype="float32", compile=False):
     elif dtype == "float32" and has_onednn(model):
         replace(model, nn.Linear, PackedLinear)
     try:
-        model.eval()(torch.zeros(1, 1, dtype=torch.long, device=model.wte.weight.device))
+        model(torch.zeros(1, 1, dtype=torch.long, device=model.wte.weight.device))
     except Exception:  # someone uses a weight directly, and it has another layout now
         for layer, weight in before.items():
             if layer is model.lm_head:
