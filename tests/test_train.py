@@ -54,7 +54,8 @@ def test_log_and_checkpoint(trained):
     seconds = [float(s) for s, in rows(out, ["seconds"])]
     assert seconds == sorted(seconds)
     checkpoint = load_checkpoint(out / "latest.pt")
-    assert checkpoint["iter_num"] == 60 and checkpoint["config"]["n_embd"] == 32
+    assert checkpoint["iter_num"] == 60 and checkpoint["model_config"]["n_embd"] == 32
+    assert not checkpoint["config"].keys() & checkpoint["model_config"].keys()  # each value stands in one place
     assert checkpoint["tokenizer"]["kind"] == "char"
     assert checkpoint["best_val_loss"] == pytest.approx(min(float(r[4]) for r in log if r[4]))
 
@@ -80,24 +81,23 @@ def test_two_runs_are_the_same_and_the_first_is_kept(trained):
     assert rows(first) != rows(trained.folder / "again.1")
 
 
-def test_a_pass_sees_every_window_once(trained):
-    """In the batches of train.py, executed up to its end for one step, as bench_train.py does."""
+def test_an_epoch_sees_every_window_once(trained):
+    """In the batches of train.py, imported up to its loop, as bench_train.py does."""
     script = f"""
 import sys, numpy as np
 sys.argv[1:] = {[*TINY, "--max_iters=1", "--out_dir=windows", "--batch_size=2"]}
-train = {{"__name__": "test", "__file__": {str(trained.folder / "train.py")!r}}}
-exec(open(train["__file__"]).read(), train)
-data, n, T = train["train_data"], train["windows"], train["block_size"]
-assert n == len(data) // T - 1
-steps = [train["get_batch"](step) for step in range(n)]  # two passes: a step has two rows
+import train
+data, T = train.train_data, train.block_size
+n = len(data) // T - 1
+steps = [train.get_batch(step) for step in range(n)]  # two epochs: a step has two sequences
 seen = [np.concatenate((x[row], y[row, -1:])) for x, y in steps for row in range(2)]
 for epoch in range(2):
-    starts = train["shuffled"](epoch)
+    starts = train.window_starts(epoch)
     assert (np.diff(np.sort(starts)) == T).all() and starts.min() >= 0 and starts.max() + T + 1 <= len(data)
     assert (np.diff(starts) != T).any()
     for start, window in zip(starts, seen[epoch * n:(epoch + 1) * n], strict=True):
         assert (window == data[start:start + T + 1]).all()
-assert list(train["shuffled"](0)) != list(train["shuffled"](1))
+assert list(train.window_starts(0)) != list(train.window_starts(1))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=trained.folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -138,10 +138,10 @@ def test_resume_takes_the_runs_settings_and_what_is_named(trained):
     assert "nothing to do" in trained.run("train.py", "--init_from=resume", "--out_dir=more")
     trained.run("train.py", "--init_from=resume", "--out_dir=more", "--max_iters=70", "--learning_rate=0.5")
     checkpoint = load_checkpoint(trained.folder / "more" / "latest.pt")
-    assert checkpoint["iter_num"] == 70 and checkpoint["config"]["n_embd"] == 32
+    assert checkpoint["iter_num"] == 70 and checkpoint["model_config"]["n_embd"] == 32
     assert float(rows(trained.folder / "more", ["lr"])[-1][0]) > 0.04
     error = trained.fails("train.py", "--init_from=resume", "--out_dir=more", "--n_layer=3")
-    assert "n_layer=3: the checkpoint has 2" in error
+    assert "latest.pt has n_layer=2, not 3" in error
     (trained.folder / "other.txt").write_text("other letters: xyzw! " * 100)
     trained.run("prepare.py", "--dataset=other", "--input=other.txt")
     assert "its tokenizer is not" in trained.fails("train.py", "--init_from=resume", "--out_dir=more", "--dataset=other")
@@ -185,6 +185,7 @@ def test_a_missing_dataset_is_prepared(project):
     ("--dataset=none", "no text for the dataset 'none'"), ("--block_size=100000", "too few for a block_size of 100000"),
     ("--n_head=5", "divisible by n_head"), ("--optimizer=sgd", "'adamw' or 'muon', got 'sgd'"),
     ("--device=gpu", "device 'gpu' cannot be used"), ("--dtype=int3", "got 'int3'"), ("--batch_size=0", "batch_size"),
+    ("--n_layer=0", "n_layer must be above 0"), ("--block_size=-1", "block_size must be above 0"),
     ("--max_iters=-1", "max_iters"), ("--dropout=1.5", "dropout"), ("--learning_rate=nan", "learning_rate"),
     ("--beta1=1.0", "beta1"), ("--seed=-1", "seed"), ("--strategy=zero", "'ddp' or 'fsdp', got 'zero'"),
     ("--strategy=fsdp", "start them with torchrun")])
@@ -192,6 +193,44 @@ def test_errors(trained, argument, words):
     before = (trained.folder / "out" / "latest.pt").read_bytes()
     assert words in trained.fails("train.py", *TINY, argument)
     assert before == (trained.folder / "out" / "latest.pt").read_bytes()
+
+
+def test_a_checkpoint_of_the_first_version_goes_on(trained):
+    """Version 1 had the model's shape twice, and a setting that has gone or come since does not matter."""
+    out = trained.folder / "version1"
+    out.mkdir()
+    for name in ("latest.pt", "best.pt"):
+        checkpoint = load_checkpoint(trained.folder / "out" / name)
+        shape = checkpoint.pop("model_config")
+        checkpoint["config"] |= {k: v for k, v in shape.items() if k != "vocab_size"} | {"gone_since": 3}
+        del checkpoint["config"]["grad_clip"]  # as if it had come since
+        torch.save(checkpoint | {"model_args": shape, "format_version": 1}, out / name)
+    (out / "log.csv").write_bytes((trained.folder / "out" / "log.csv").read_bytes())
+    assert load_model(out)[0].config == load_model(trained.folder / "out")[0].config
+    for name in ("version1", "version2"):
+        if name == "version2":
+            shutil.copytree(trained.folder / "out", trained.folder / name)
+        trained.run("train.py", "--init_from=resume", f"--out_dir={name}", "--max_iters=70")
+    assert same_run(out, trained.folder / "version2")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda c: c["model_config"].update(rotary=True), "the model setting 'rotary', which model.py does not know"),
+    (lambda c: c["model_config"].update(n_layer=0), "n_layer must be a positive integer"),
+    (lambda c: c["model"].pop("ln_f.weight"), "the tensor ln_f.weight is missing"),
+    (lambda c: c["model"].update(new=torch.ones(1)), "the tensor new is unknown to the model"),
+    (lambda c: c["model"].update({"ln_f.weight": torch.ones(3)}), "of shape (3,), not (32,)")])
+def test_a_checkpoint_that_does_not_fit_the_model_is_named(trained, tmp_path, change, words):
+    checkpoint = load_checkpoint(trained.folder / "out" / "best.pt")
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "best.pt")
+    assert words in trained.fails("sample.py", f"--out_dir={tmp_path}")
+
+
+def test_an_untrained_model_has_the_loss_that_it_should(trained):
+    printed = trained.run("train.py", *TINY, "--max_iters=1", "--out_dir=untrained")
+    expected = float(printed.split(") = ")[1].split(")")[0])
+    assert float(printed.split("step 0  train loss ")[1].split()[0]) == pytest.approx(expected, abs=0.05)
 
 
 def test_a_damaged_checkpoint_is_named(trained):
