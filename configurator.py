@@ -53,7 +53,7 @@ def _on_error(kind, error, trace):
     import time
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
     if issubclass(kind, BrokenPipeError):  # nobody reads the output any more, as after `| head`
-        os._exit(0)
+        _exit_now(0)
     try:
         sys.stdout.flush()
     except OSError:
