@@ -3,45 +3,69 @@
     python verify_gradients.py                          # tables; exit code 1 if a check fails
     python verify_gradients.py --json=gradients.json    # also the figures, for plot.py --what=gradients
 
-Three ways to build a deep model from the same parts are compared at 6, 12 and 24 layers, before and after a short
-training: Pre-LN with residuals (what model.py does), Post-LN, and no residuals at all. Pre-LN is judged; the other two
-show why.
+The same parts can be put together in three ways: Pre-LN with residuals, as model.py does it, Post-LN, and without
+residuals. This script compares the three at several depths, at the start and after a short training. Only Pre-LN must
+pass. The other two show what it is good for.
 """
+import os
+
+json: str | None = None    # a file for the figures: a list of records, one for each block
+depths = "6,12,24"         # numbers of blocks, separated by commas
+steps = 50                 # training steps between the two looks at the gradient
+seed = 1337                # of the weights
+
+if __name__ == "__main__":  # settings are read before the heavy imports, so that --help and a typo answer at once
+    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+
 import json as json_format
 import math
 import sys
 from pathlib import Path
 
+from files import UserError, write_atomically
+
+
+def read_settings():
+    """The depths as numbers. UserError for a setting out of range."""
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, got {steps}")
+    try:
+        numbers = [int(depth) for depth in depths.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 2:
+        raise UserError(f"depths must be numbers of at least 2, separated by commas, got {depths!r}")
+    return numbers
+
+
+read_settings()
+
 import torch
 
 from model import GPT, Block, GPTConfig
 
-json: str | None = None    # a file for the figures: a list of records, one a block
-steps = 50                 # training steps between the two looks
-seed = 1337                # of the weights
-exec((Path(__file__).resolve().parent / "configurator.py").read_text(encoding="utf-8"))
+TEXT = torch.tensor(list(Path(__file__).resolve().parent.joinpath("model.py").read_bytes()))  # bytes to learn from
 
-DEPTHS = 6, 12, 24
-TEXT = torch.tensor(list((Path(__file__).resolve().parent / "model.py").read_bytes()))  # something to learn: bytes
 
+# --- three ways to build a model from the same parts ---
 
 class PostLN(Block):
-    """The block of 2017: the stream itself is normalised, after each addition."""
+    """The block of 2017: each addition is followed by a norm of the stream itself."""
 
-    def forward(self, x, cache=None, layer=0):
-        x = self.ln_1(x + self.attn(x))
+    def forward(self, x, positions=None, cache=None, layer=0):
+        x = self.ln_1(x + self.attn(x, positions, cache, layer))
         return self.ln_2(x + self.mlp(x))
 
 
 class NoResiduals(Block):
-    """Each layer replaces the stream instead of adding to it."""
+    """Each layer replaces the stream and adds nothing to it."""
 
-    def forward(self, x, cache=None, layer=0):
-        return self.mlp(self.ln_2(self.attn(self.ln_1(x))))
+    def forward(self, x, positions=None, cache=None, layer=0):
+        return self.mlp(self.ln_2(self.attn(self.ln_1(x), positions, cache, layer)))
 
 
 def build(block, n_layer):
-    """A GPT of n_layer blocks of that class, with the weights that the same seed gives any other."""
+    """A GPT whose blocks are of the class `block`. The seed gives all three classes the same weights."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=n_layer, n_head=4, n_embd=64))
     for layer in model.h:
@@ -50,16 +74,18 @@ def build(block, n_layer):
 
 
 def batch(step):
-    """(8, 64) inputs and targets."""
+    """Inputs and targets (8, 64)."""
     g = torch.Generator().manual_seed(step)
     starts = torch.randint(len(TEXT) - 65, (8, 1), generator=g)
     tokens = TEXT[starts + torch.arange(65)]
     return tokens[:, :-1], tokens[:, 1:]
 
 
+# --- 1. the gradient in every block ---
+
 def gradient_norms(model):
-    """One backward pass -> the loss, and for every block the norms of the gradients of its attention's parameters,
-    its MLP's, both together, and of the residual stream that enters it."""
+    """One backward pass -> the loss, and for each block the norms of four gradients: of the attention's parameters, of
+    the MLP's, of both together, and of the residual stream that enters the block."""
     streams = []
 
     def keep(block, inputs):
@@ -77,7 +103,7 @@ def gradient_norms(model):
         return math.sqrt(sum(t.double().square().sum().item() for t in tensors))
 
     blocks = []
-    for block, stream in zip(model.h, streams):
+    for block, stream in zip(model.h, streams, strict=True):
         attention, mlp = ([p.grad for p in part.parameters()] for part in (block.attn, block.mlp))
         blocks.append({"attention": norm(attention), "mlp": norm(mlp), "block": norm(attention + mlp),
                        "stream": norm([stream.grad])})
@@ -85,7 +111,7 @@ def gradient_norms(model):
 
 
 def train(model):
-    """A short training, with AdamW."""
+    """A short training with AdamW."""
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(steps):
         model(*batch(step))[1].backward()
@@ -95,57 +121,57 @@ def train(model):
 
 
 def look(name, n_layer, when, model, records):
-    """Prints a line on the model's blocks and returns the largest block norm over the smallest."""
+    """Prints a line on the model's blocks. Returns the largest norm of a block over the smallest, and whether every
+    norm is finite and above zero."""
     loss, blocks = gradient_norms(model)
     for i, norms in enumerate(blocks):
         records.append({"blocks": name, "n_layer": n_layer, "when": when, "layer": i, "loss": loss} | norms)
     norms = [b["block"] for b in blocks]
     ratio = max(norms) / min(norms) if min(norms) > 0 else math.inf
     shown = [blocks[0], blocks[n_layer // 2], blocks[-1]]
-    columns = "".join(f"{b['attention']:9.1e}{b['mlp']:9.1e}{b['stream']:9.1e} |" for b in shown)
-    print(f"{name:<14}{n_layer:>4}  {when:<9}{loss:6.3f} |{columns}{ratio:9.3g}")
+    columns = "".join(f"{b['attention']:8.1e}{b['mlp']:8.1e}{b['stream']:8.1e} |" for b in shown)
+    print(f"{name:<13}{n_layer:>4} {when:<9}{loss:5.3f} |{columns}{ratio:8.2g}", flush=True)
     return ratio, all(math.isfinite(n) and n > 0 for b in blocks for n in b.values())
 
 
 def check_flow():
-    """The table of gradient norms. Returns the records, and whether Pre-LN passes at initialisation."""
-    print("1. Norms of the gradient, by block: of the attention's parameters, of the MLP's, and of the residual stream that\n"
-          "   enters the block; last, the largest norm of a block's parameters over the smallest. Judged: Pre-LN at\n"
-          "   initialisation, where that must be under 10, and every norm finite and above zero.\n")
-    print(f"{'blocks':<14}{'depth':>4} {'when':<9}{'loss':>6} |" + "".join(
-        f"{w + ' attention':>16} mlp stream |".rjust(29) for w in ("first:", "middle:", "last:")) + " max/min")
+    """Prints the table of gradient norms. Returns its records, and whether Pre-LN passes."""
+    print("1. Norms of the gradient in the first, the middle and the last block: of the attention's parameters, of\n"
+          "   the MLP's, and of the residual stream that enters the block. The last column divides the largest norm\n"
+          "   of a block's parameters by the smallest. For Pre-LN at the start it must be under 10.\n")
+    print(" " * 33 + "|" + "".join(f"{where:^26}|" for where in ("first block", "middle block", "last block")))
+    print(f"{'blocks':<12}depth {'when':<10}loss |" + f"{'attn':>8}{'mlp':>8}{'stream':>8} |" * 3 + " max/min")
     records, good = [], True
     for name, block in (("Pre-LN", Block), ("Post-LN", PostLN), ("no residuals", NoResiduals)):
-        for n_layer in DEPTHS:
+        for n_layer in read_settings():
             model = build(block, n_layer)
             ratio, alive = look(name, n_layer, "at start", model, records)
             good &= block is not Block or (ratio < 10 and alive)
             train(model)
             look(name, n_layer, "trained", model, records)
-    print("\n   Pre-LN: the stream's gradient reaches the first block about as strong as it left the last, at any depth. After\n"
-          "   training the first block still leads, being nearest to the embeddings, but all of them learn.\n"
-          "   Post-LN: each block normalises the stream itself, which rescales all that passes back. The first block stands out\n"
-          "   from the start, and with depth and training the gradient is lost on its way to it.\n"
-          "   No residuals: at the start the norms keep gradients up, but there is no path around a layer. In training they die\n"
-          "   out on the way down, and the loss stays near 3.2, what the frequencies of the bytes alone give.")
+    shares = TEXT.bincount()[TEXT.bincount() > 0] / len(TEXT)
+    print("\n   Pre-LN: the gradient of the stream reaches the first block about as strong as it left the last, at\n"
+          "   any depth. After training the first block has the largest gradient, but all blocks learn.\n"
+          "   Post-LN: each block normalises the stream itself, and so rescales every gradient that passes back\n"
+          "   through it. With depth and training, less and less of the gradient reaches the first block.\n"
+          "   No residuals: at the start the norms keep the gradients up. But no path leads around a layer, and in\n"
+          "   training the gradients vanish on their way to the first block.\n"
+          "   The last two learn hardly more than how often each byte occurs, which gives a loss of "
+          f"{-(shares * shares.log()).sum():.2f}.")
     return records, good
 
 
-def check_differences():
-    """Autograd against central differences in float64: along each parameter tensor's own gradient g, the slope of the
-    loss must be |g|. Returns whether all agree within 1e-6."""
-    print("\n2. Autograd against central differences (float64, step 1e-5), for every parameter tensor along its own gradient\n")
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=16)).double()
-    for p in model.parameters():
-        p.data += torch.randn_like(p) * 0.1  # away from zero biases and unit gains
-    x, y = (z[:4, :16] for z in batch(0))
+# --- 2. autograd against finite differences ---
+
+def slope_errors(model):
+    """Yields (name, autograd, difference, relative error) for each parameter tensor of a float64 model. Along its own
+    gradient g, the slope of the loss must be |g|. A central difference measures the slope."""
+    x, y = (z[:4, :model.config.block_size] for z in batch(0))
+    model.zero_grad()
     model(x, y)[1].backward()
-    worst = 0.0
-    print(f"{'parameter':<26}{'autograd':>12}{'difference':>12}{'relative error':>16}")
     for name, p in model.named_parameters():
-        slope = p.grad.norm().item()
-        step = 1e-5 * p.grad / slope
+        slope = p.grad.norm().item() if p.grad is not None else 0.0
+        step = 1e-5 * p.grad / slope if slope else torch.zeros_like(p)
         with torch.no_grad():
             p += step
             above = model(x, y)[1].item()
@@ -153,17 +179,44 @@ def check_differences():
             below = model(x, y)[1].item()
             p += step
         difference = (above - below) / 2e-5
-        error = abs(difference - slope) / slope
-        worst = max(worst, error)
+        yield name, slope, difference, abs(difference - slope) / slope if slope else math.inf
+
+
+def check_differences():
+    """Prints a line for each parameter tensor. Returns whether all errors are under 1e-6, in model.py and with the
+    layers that fast.py puts in for training."""
+    print("\n2. The slope of the loss along each parameter tensor's own gradient, by autograd and by central\n"
+          "   differences (float64, step 1e-5). The relative error must be under 1e-6.\n")
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=16)).double()
+    for p in model.parameters():
+        p.data += torch.randn_like(p) * 0.1  # away from zero biases and unit gains
+    good = True
+    print(f"{'parameter':<26}{'autograd':>12}{'difference':>12}{'relative error':>16}")
+    for name, slope, difference, error in slope_errors(model):
+        good &= error < 1e-6
         print(f"{name:<26}{slope:12.6f}{difference:12.6f}{error:16.1e}{'' if error < 1e-6 else '  FAIL'}")
-    return worst < 1e-6
+    try:
+        from fast import for_training
+    except ModuleNotFoundError as e:  # model.py needs no fast.py, so neither does this check
+        if e.name != "fast":
+            raise
+        return good
+    worst = max(error for *_, error in slope_errors(for_training(model)))
+    print(f"{'all, with fast.py':<50}{worst:16.1e}{'' if worst < 1e-6 else '  FAIL'}")
+    return good and worst < 1e-6
 
 
-records, flow_is_good = check_flow()
-differences_agree = check_differences()
-if json:
-    temporary = Path(json + ".tmp")
-    temporary.write_text(json_format.dumps(records, indent=1))
-    temporary.replace(json)
-print(f"\ngradient flow: {'ok' if flow_is_good else 'FAIL'}; finite differences: {'ok' if differences_agree else 'FAIL'}")
-sys.exit(0 if flow_is_good and differences_agree else 1)
+def main():
+    """Prints both parts and writes the figures. Returns the exit code."""
+    records, flow_is_good = check_flow()
+    differences_agree = check_differences()
+    if json:
+        write_atomically(json, json_format.dumps(records, indent=1).encode())
+    print(f"\ngradient flow: {'ok' if flow_is_good else 'FAIL'}; "
+          f"finite differences: {'ok' if differences_agree else 'FAIL'}")
+    return 0 if flow_is_good and differences_agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
