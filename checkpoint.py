@@ -243,7 +243,7 @@ def load_pretrained(name_or_folder, block_size=None):
     except UserError:
         raise
     except (OSError, ValueError) as e:
-        raise UserError(f"{name_or_folder} has no usable config.json ({first_line(e)})") from None
+        raise UserError(f"{name_or_folder} has no readable config.json ({first_line(e)})") from None
     tensors = read_tensors(folder, name_or_folder)
     tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()
                if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # the causal mask, which older files carry
@@ -253,7 +253,8 @@ def load_pretrained(name_or_folder, block_size=None):
         raise UserError(f"{name_or_folder} has a head that is not tied to wte, which this model does not support")
     if block_size is not None:
         if block_size > config.block_size:
-            raise UserError(f"{name_or_folder} has block_size {config.block_size}: it cannot be raised to {block_size}")
+            raise UserError(f"{name_or_folder} was trained with {config.block_size} positions; block_size {block_size} "
+                            "needs more")
         config.block_size = block_size
         tensors["wpe.weight"] = tensors["wpe.weight"][:block_size]
     model = GPT(config)
@@ -263,7 +264,7 @@ def load_pretrained(name_or_folder, block_size=None):
     for name in [*own, *(tensors.keys() - own.keys())]:
         if name not in own or tensors.get(name) is None:
             raise UserError(f"{name_or_folder}: the tensor {name} is " + (
-                "missing" if name in own else "unknown to model.py"))
+                "missing" if name in own else "not part of a GPT-2"))
         t = tensors[name].T if name.endswith(TRANSPOSED) else tensors[name]
         if t.shape != own[name].shape:
             raise UserError(f"{name_or_folder}: {name} has shape {tuple(tensors[name].shape)}, which does not fit "
@@ -369,9 +370,9 @@ def to_gpt2(model):
         t = t.detach().cpu()
         tensors[name if name == "lm_head.weight" else f"transformer.{name}"] = (
             t.T if name.endswith(TRANSPOSED) else t).contiguous()
-    for name in [name for name in tensors if name.endswith(".weight") and ".h." in name or ".ln_f." in name]:
-        t = tensors[name]
-        tensors.setdefault(name.removesuffix("weight") + "bias", torch.zeros(t.size(-1), dtype=t.dtype))
+    for name, t in list(tensors.items()):
+        if name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight", "lm_head.weight")):
+            tensors.setdefault(name.removesuffix("weight") + "bias", torch.zeros(t.size(-1), dtype=t.dtype))
     idx = torch.randint(model.config.vocab_size, (1, min(1024, model.config.block_size)),
                         generator=torch.Generator().manual_seed(0))
     try:

@@ -52,6 +52,7 @@ def _on_error(kind, error, trace):
     import signal
     import time
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
+    sys.stderr = sys.__stderr__  # torch.distributed calls this hook with a buffer here, which _exit_now would lose
     if issubclass(kind, BrokenPipeError):  # nobody reads the output any more, as after `| head`
         _exit_now(0)
     try:

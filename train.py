@@ -302,10 +302,11 @@ if __name__ == "__main__":
     if checkpoint:
         print_once(f"resuming {out_dir} after step {iter_num}")
     if eval_only or iter_num == 0:
-        train_loss, val_loss = evaluate(train_data, evenly=True), evaluate(val_data)
-        untrained = math.log(meta["vocab_size"])  # the loss of a model that finds all tokens equally likely
-        print_once(f"step {iter_num}  train loss {train_loss:.4f}  validation loss {val_loss:.4f}  "
-                   f"(an untrained model: about ln({meta['vocab_size']}) = {untrained:.4f})")
+        if not (checkpoint or pretrained):  # all tokens are about equally likely to an untrained model
+            V = meta["vocab_size"]
+            print_once(f"untrained, the loss should be about ln(vocab_size) = ln({V}) = {math.log(V):.4f}")
+        print_once(f"step {iter_num}/{max_iters}  train loss {evaluate(train_data, evenly=True):.4f}  "
+                   f"validation loss {evaluate(val_data):.4f}")
     if eval_only:
         distributed.finish()
 
