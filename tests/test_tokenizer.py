@@ -1,3 +1,5 @@
+"""tokenizer.py: round trips, GPT-2's own ids, streams of ids, and mistakes that are named."""
+import os
 import random
 import subprocess
 import sys
@@ -5,6 +7,7 @@ import sys
 import pytest
 
 from conftest import ROOT, TEXT
+from files import UserError
 from tokenizer import BPETokenizer, CharTokenizer, fetch_vocabulary, load_tokenizer
 
 TRICKY = "naïve café — 你好，世界 👩‍👩‍👧 don't  stop\r\n\n\t x\x1c\u2003 ١٢٣ <|endoftext|> \U0001f600!"
@@ -68,15 +71,21 @@ def test_stream_agrees_with_decode_on_any_ids(bpe):
         assert "".join(stream.push(i) for i in ids) + stream.flush() == bpe.decode(ids)
 
 
-def test_unknown_state():
-    with pytest.raises(ValueError, match="unknown tokenizer 'sentencepiece'"):
-        load_tokenizer({"kind": "sentencepiece"})
+@pytest.mark.parametrize("state, words", [
+    ({"kind": "sentencepiece"}, "unknown tokenizer 'sentencepiece'"), (None, "unknown tokenizer None"),
+    ("char", "unknown"), ([], "unknown"), ({}, "unknown"), ({"kind": ["char"]}, "unknown"),
+    ({"kind": "char"}, "got None"), ({"kind": "char", "chars": ["a", "b"]}, r"got \['a', 'b'\]"),
+    ({"kind": "char", "chars": ""}, "got ''"), ({"kind": "char", "chars": "aba"}, "got 'aba'"),
+    ({"kind": "char", "chars": "a\ud800"}, "got 'a")])
+def test_malformed_states(state, words):
+    with pytest.raises(UserError, match=words):
+        load_tokenizer(state)
 
 
 def test_vocabulary_is_fetched_into_an_empty_cache(tmp_path):
     code = "from tokenizer import BPETokenizer; print(BPETokenizer().encode('Hello, world!'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env={**__import__("os").environ, "TIKTOKEN_CACHE_DIR": str(tmp_path)})
+                          env=os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path)})
     assert done.stdout.strip() == "[15496, 11, 995, 0]", done.stderr
     assert len(list(tmp_path.iterdir())) == 2
 
