@@ -22,7 +22,7 @@ import sys
 
 
 class UserError(ValueError):
-    """A mistake that one sentence can settle. files.py has the same class for import; the hook goes by the name."""
+    """A mistake that one sentence can settle. files.py has this class too, to import. _one_line knows both by name."""
 
 
 def _one_line(error):
@@ -287,7 +287,7 @@ def _read_config_file(path, settings, namespace):
 def _read_arguments(arguments, settings):
     """The command line -> [(setting, value) or (None, config file), ...] in order, everything checked."""
     steps, words = [], list(arguments)
-    pair = None  # the last `--name value` with a blank, after which a pattern that the shell expanded may go on
+    pair = None  # `--name value`, if only bare words came since: they may be one pattern that the shell expanded
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
@@ -309,7 +309,7 @@ def _read_arguments(arguments, settings):
 
 
 def _checked_config_file(path, pair):
-    """The path, if it is a config file's. It is not if it seems to come from a pattern that the shell expanded."""
+    """The path of a config file. UserError if it is none, or if the shell seems to have made it from a pattern."""
     hint, expanded = "", False
     if pair:
         name, value = pair
