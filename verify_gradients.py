@@ -100,7 +100,7 @@ def gradient_norms(model):
         hook.remove()
 
     def norm(tensors):
-        return math.sqrt(sum(t.double().square().sum().item() for t in tensors))
+        return math.sqrt(sum(t.double().square().sum().item() for t in tensors if t is not None))
 
     blocks = []
     for block, stream in zip(model.h, streams, strict=True):
