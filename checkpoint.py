@@ -66,9 +66,14 @@ def check_finite(value, name="checkpoint"):
             check_finite(item, name)
 
 
-def load_checkpoint(path):
-    """Path -> the dict, on the CPU, in today's format. UserError if the file is not such a checkpoint,
-    FileNotFoundError without one."""
+TO_SAMPLE = {"model": dict, "model_config": dict, "tokenizer": dict}
+TO_RESUME = TO_SAMPLE | {"config": dict, "optimizer": dict, "iter_num": int, "bad_evals": int, "seconds": float,
+                         "scaler": dict}
+
+
+def load_checkpoint(path, needed=()):
+    """Path -> the dict, on the CPU, in today's format. needed: the entries that must be there, {name: type}. UserError
+    if the file is not such a checkpoint, FileNotFoundError without one."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -79,17 +84,20 @@ def load_checkpoint(path):
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
     if version not in (1, FORMAT_VERSION):
         raise UserError(f"{path} has checkpoint format {version}, but this program reads {FORMAT_VERSION}; train anew")
-    return upgrade(checkpoint)
+    upgrade(checkpoint)
+    for name in needed:
+        if not isinstance(checkpoint.get(name), needed[name]):
+            raise UserError(f"{path} lacks {name!r}; it takes a latest.pt of train.py to resume, or a best.pt to sample")
+    return checkpoint
 
 
 def upgrade(checkpoint):
-    """Brings a checkpoint of an earlier version up to date."""
+    """Brings a checkpoint of an earlier version up to date, in place."""
     if checkpoint["format_version"] == 1 and "model_args" in checkpoint:
         # The model's shape stood in `model_args`, and once more among the settings.
         shape = checkpoint.pop("model_args")
         checkpoint |= {"model_config": shape, "format_version": 2,
                        "config": {k: v for k, v in checkpoint.get("config", {}).items() if k not in shape}}
-    return checkpoint
 
 
 def model_config(fields, path):
@@ -122,10 +130,7 @@ def load_model(out_dir):
     if path is None:
         raise UserError(f"no checkpoint in {out_dir}: train one first, "
                         "for example with python train.py config/train_shakespeare_char.py")
-    checkpoint = load_checkpoint(path)
-    missing = {"model", "model_config", "tokenizer"} - checkpoint.keys()
-    if missing:
-        raise UserError(f"{path} lacks {min(missing)!r}: it is not a checkpoint of train.py")
+    checkpoint = load_checkpoint(path, TO_SAMPLE)
     model = GPT(model_config(checkpoint["model_config"], path))
     load_weights(model, checkpoint["model"], path)
     return model.eval(), load_tokenizer(checkpoint["tokenizer"]), checkpoint
@@ -186,8 +191,13 @@ class Log:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = []
         if resumed and self.path.exists():
-            with open(self.path, newline="", encoding="utf-8") as f:
-                rows = [row for row in csv.DictReader(f) if int(row["iter"]) <= iter_num]
+            try:
+                with open(self.path, newline="", encoding="utf-8") as f:
+                    rows = [row for row in csv.DictReader(f, strict=True) if int(row["iter"]) <= iter_num]
+                if any(row.keys() != set(self.COLUMNS) for row in rows):
+                    raise ValueError("its columns are others")
+            except (ValueError, KeyError, TypeError, csv.Error) as e:
+                raise UserError(f"{self.path} is damaged ({first_line(e)}); mend it, or move it away") from None
         temporary = self.path.with_name("log.csv.tmp")
         with open(temporary, "w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, self.COLUMNS)

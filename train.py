@@ -96,33 +96,35 @@ import numpy as np
 import torch
 
 import distributed
-from checkpoint import Log, format_seconds, get_state, load_checkpoint, load_pretrained, save_checkpoint, set_state
+from checkpoint import TO_RESUME, Log, load_checkpoint, load_pretrained, save_checkpoint
+from checkpoint import format_seconds, get_state, set_state
 from device import can_compile, choose_device, choose_dtype, peak_flops, peak_memory
 from distributed import all_reduce_max, all_reduce_sum, print_once
 from fast import for_training
 from model import GPT, GPTConfig
 from optimizer import make_optimizers, schedule
 
-# --- resume or start: the settings of a checkpoint hold, except for those that this call names ---
+# --- resume or start: a checkpoint brings its settings, except for those that this call names ---
 
 out = Path(out_dir)
 checkpoint = pretrained = None
+fixed, source = {}, None  # what cannot change any more, and why
 if init_from == "resume" and (out / "latest.pt").exists():
-    checkpoint = load_checkpoint(out / "latest.pt")
+    source = out / "latest.pt"
+    checkpoint = load_checkpoint(source, TO_RESUME)
     not_kept = {"init_from", "out_dir", "strategy", *overrides} | ({"device"} if distributed.is_distributed else set())
     config |= {k: v for k, v in checkpoint["config"].items() if k in config and k not in not_kept}
-    shape, source = checkpoint["model_config"], out / "latest.pt"
-elif init_from in ("resume", "scratch"):
-    shape, source = {}, None
-    if init_from == "resume":
-        print_once(f"no latest.pt in {out_dir}: starting from scratch")
-else:
-    pretrained, pretrained_tokenizer = load_pretrained(init_from, overrides.get("block_size"))
-    shape, source = asdict(pretrained.config) | {"dropout": dropout}, init_from
-for name, value in shape.items():  # the weights bring their shape; dropout is not part of it
+    fixed = checkpoint["model_config"] | {"optimizer": checkpoint["config"].get("optimizer", optimizer)}
+elif init_from == "resume":
+    print_once(f"no latest.pt in {out_dir}: starting from scratch")
+elif init_from != "scratch":
+    source = init_from
+    pretrained, pretrained_tokenizer = load_pretrained(source, overrides.get("block_size"))
+    fixed = asdict(pretrained.config) | {"dropout": dropout}
+for name, value in fixed.items():
     if name in overrides and name != "dropout" and overrides[name] != value:
         raise UserError(f"{source} has {name}={value}, not {overrides[name]}; leave it out, or start from scratch")
-config |= {k: v for k, v in shape.items() if k in config and k not in overrides}
+config |= {k: v for k, v in fixed.items() if k in config and k not in overrides}
 globals().update(config)
 check_settings()
 device = choose_device(device)
@@ -174,22 +176,24 @@ def to_device(ids):
     return ids[:, :-1], ids[:, 1:]
 
 
+windows = max(1, len(train_data) // block_size - 1)  # training sequences in an epoch
+
+
 @functools.lru_cache(2)
 def window_starts(epoch):
     """Where the training sequences of an epoch start. They tile the text from a random offset and come in random order,
     so an epoch sees every token once (but for two windows at most, at the ends). This trains better than windows drawn
     independently, some of which come twice before others come once."""
-    n = max(1, len(train_data) // block_size - 1)
     rng = np.random.default_rng((seed, epoch))
-    return rng.integers(len(train_data) - n * block_size) + block_size * rng.permutation(n)
+    return rng.integers(len(train_data) - windows * block_size) + block_size * rng.permutation(windows)
 
 
 def get_batch(step):
     """The inputs and targets (micro_steps * micro_batch, T) of this process in a step. They follow from the seed and
     the step alone, so a resumed run sees the batches of one that never stopped, and so do runs on more processes."""
-    n, mine = len(window_starts(0)), sequences // world_size
+    mine = sequences // world_size
     first = step * sequences + distributed.rank * mine
-    starts = np.array([window_starts(i // n)[i % n] for i in range(first, first + mine)])
+    starts = np.array([window_starts(i // windows)[i % windows] for i in range(first, first + mine)])
     return to_device(train_data[starts[:, None] + np.arange(block_size + 1)])
 
 
@@ -197,8 +201,9 @@ def get_batch(step):
 
 torch.manual_seed(seed)
 if pretrained is None:
-    raw_model = GPT(GPTConfig(block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer, n_head=n_head,
-                              n_embd=n_embd, dropout=dropout, bias=bias))
+    names = asdict(GPTConfig())  # each name in GPTConfig that is a setting here takes its value
+    raw_model = GPT(GPTConfig(**{k: v for k, v in (fixed | config).items() if k in names} | {
+        "vocab_size": meta["vocab_size"]}))
 else:
     raw_model = pretrained
     if raw_model.config.vocab_size != meta["vocab_size"] or (
@@ -354,6 +359,8 @@ if __name__ == "__main__":
                 print_once(f"step {iter_num}/{max_iters}  train loss {row['train_loss']:.4f}  "
                            f"validation loss {row['val_loss']:.4f}{', the lowest so far' if improved else ''}")
                 check_finite(row["train_loss"], row["val_loss"])
+                # A validation loss that rises while the training loss falls is overfitting: the model learns the text
+                # by heart. best.pt keeps the model from before that, and patience ends the run.
                 if improved:
                     best_val_loss = row["val_loss"]
                     save(out / "best.pt", with_optimizers=False)

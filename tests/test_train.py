@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from conftest import TINY
+from conftest import TEXT, TINY
 
 LOSSES = ["iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm"]  # all columns but the clock's
 
@@ -229,7 +229,7 @@ def test_a_checkpoint_that_does_not_fit_the_model_is_named(trained, tmp_path, ch
 
 def test_an_untrained_model_has_the_loss_that_it_should(trained):
     printed = trained.run("train.py", *TINY, "--max_iters=1", "--out_dir=untrained")
-    expected = float(printed.split(") = ")[1].split()[0])
+    expected = float(printed.split(") = ln(29) = ")[1].split()[0])
     assert float(printed.split("step 0/1  train loss ")[1].split()[0]) == pytest.approx(expected, abs=0.05)
 
 
@@ -265,3 +265,33 @@ def test_help_lists_every_setting(project, script):
 @pytest.mark.parametrize("config", ["quick", "train_shakespeare_char"])
 def test_shipped_configs_run(project, config):
     project.run("train.py", f"config/{config}.py", "--max_iters=2", "--eval_tokens=1000")
+
+
+def test_what_cannot_be_resumed_is_named(trained):
+    out = trained.folder / "no-resume"
+    shutil.copytree(trained.folder / "out", out)
+    how = ["--init_from=resume", "--out_dir=no-resume", "--max_iters=70"]
+    assert "latest.pt has optimizer=muon, not adamw" in trained.fails("train.py", *how, "--optimizer=adamw")
+    (out / "log.csv").write_text("iter,loss\nfive,1.0\n")
+    assert "log.csv is damaged" in trained.fails("train.py", *how)
+    shutil.copy(out / "best.pt", out / "latest.pt")
+    assert "latest.pt lacks 'optimizer'" in trained.fails("train.py", *how)
+
+
+def test_a_new_key_of_the_config_is_a_setting(project):
+    """A researcher adds a field to GPTConfig and a setting of the same name: training, resuming and sampling use it."""
+    (project.folder / "tiny.txt").write_text(TEXT)
+    project.run("prepare.py", "--dataset=tiny", "--input=tiny.txt")
+    source = (project.folder / "model.py").read_text()
+    assert source.count("    dropout: float = 0.0 ") == 1
+    (project.folder / "model.py").write_text(source.replace("    dropout: float", "    width: int = 4\n    dropout: float")
+                                             .replace("4 * config.n_embd", "config.width * config.n_embd"))
+    source = (project.folder / "train.py").read_text()
+    (project.folder / "train.py").write_text(source.replace("dropout = 0.0 ", "width = 4  # of the MLP\ndropout = 0.0 "))
+    project.run("train.py", *TINY, "--width=3", "--max_iters=2")
+    project.run("train.py", "--init_from=resume", "--max_iters=4")
+
+    checkpoint = load_checkpoint(project.folder / "out" / "latest.pt")
+    assert checkpoint["model_config"]["width"] == 3 and checkpoint["model"]["h.0.mlp.c_fc.weight"].shape == (96, 32)
+    project.run("sample.py", "--max_new_tokens=5")
+    assert "latest.pt has width=3, not 2" in project.fails("train.py", "--init_from=resume", "--width=2")
