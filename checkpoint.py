@@ -87,7 +87,7 @@ def load_checkpoint(path, needed=()):
     upgrade(checkpoint)
     for name in needed:
         if not isinstance(checkpoint.get(name), needed[name]):
-            raise UserError(f"{path} lacks {name!r}; it takes a latest.pt of train.py to resume, or a best.pt to sample")
+            raise UserError(f"{path} lacks {name!r}; latest.pt is for resuming, and either it or best.pt for sampling")
     return checkpoint
 
 

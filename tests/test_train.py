@@ -37,7 +37,8 @@ def same_state(a, b):
 def same_run(a, b):
     """Whether two runs ended with the same log, weights and optimizer state."""
     x, y = load_checkpoint(a / "latest.pt"), load_checkpoint(b / "latest.pt")
-    return rows(a) == rows(b) and all(same_state(x[k], y[k]) for k in ("model", "optimizer", "iter_num", "best_val_loss"))
+    kept = ("model", "optimizer", "iter_num", "best_val_loss")
+    return rows(a) == rows(b) and all(same_state(x[k], y[k]) for k in kept)
 
 
 def test_log_and_checkpoint(trained):
@@ -144,7 +145,8 @@ def test_resume_takes_the_runs_settings_and_what_is_named(trained):
     assert "latest.pt has n_layer=2, not 3" in error
     (trained.folder / "other.txt").write_text("other letters: xyzw! " * 100)
     trained.run("prepare.py", "--dataset=other", "--input=other.txt")
-    assert "its tokenizer is not" in trained.fails("train.py", "--init_from=resume", "--out_dir=more", "--dataset=other")
+    error = trained.fails("train.py", "--init_from=resume", "--out_dir=more", "--dataset=other")
+    assert "its tokenizer is not" in error
 
 
 def test_resume_without_a_checkpoint_starts_from_scratch(trained):
@@ -154,8 +156,8 @@ def test_resume_without_a_checkpoint_starts_from_scratch(trained):
 
 
 def test_early_stop_keeps_the_best(trained):
-    printed = trained.run("train.py", *TINY, "--max_iters=2000", "--out_dir=early", "--patience=2", "--learning_rate=1e-12",
-                          "--muon_learning_rate=1e-12", "--eval_interval=5")
+    printed = trained.run("train.py", *TINY, "--max_iters=2000", "--out_dir=early", "--patience=2",
+                          "--learning_rate=1e-12", "--muon_learning_rate=1e-12", "--eval_interval=5")
     assert "stopping early: 2 evaluations" in printed
     assert load_checkpoint(trained.folder / "early" / "latest.pt")["iter_num"] < 2000
     best = load_checkpoint(trained.folder / "early" / "best.pt")
@@ -284,10 +286,12 @@ def test_a_new_key_of_the_config_is_a_setting(project):
     project.run("prepare.py", "--dataset=tiny", "--input=tiny.txt")
     source = (project.folder / "model.py").read_text()
     assert source.count("    dropout: float = 0.0 ") == 1
-    (project.folder / "model.py").write_text(source.replace("    dropout: float", "    width: int = 4\n    dropout: float")
-                                             .replace("4 * config.n_embd", "config.width * config.n_embd"))
+    source = source.replace("    dropout: float", "    width: int = 4\n    dropout: float")
+    source = source.replace("4 * config.n_embd", "config.width * config.n_embd")
+    (project.folder / "model.py").write_text(source)
     source = (project.folder / "train.py").read_text()
-    (project.folder / "train.py").write_text(source.replace("dropout = 0.0 ", "width = 4  # of the MLP\ndropout = 0.0 "))
+    source = source.replace("dropout = 0.0 ", "width = 4  # of the MLP\ndropout = 0.0 ")
+    (project.folder / "train.py").write_text(source)
     project.run("train.py", *TINY, "--width=3", "--max_iters=2")
     project.run("train.py", "--init_from=resume", "--max_iters=4")
 
