@@ -16,7 +16,8 @@ def random_model(seed, dtype=torch.float32, tied=False, **changes):
     if not tied:
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.wte.weight))
     for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, mean=1.0 if "ln" in name and "weight" in name else 0.0, std=0.3 if p.dim() > 1 else 0.1)
+        gain = "ln" in name and "weight" in name
+        torch.nn.init.normal_(p, mean=1.0 if gain else 0.0, std=0.3 if p.dim() > 1 else 0.1)
     return model.to(dtype).eval()
 
 
@@ -31,7 +32,7 @@ def test_any_chunks_give_the_logits_of_the_whole(seed, dtype, tolerance):
     full = model(idx)[0]
     cuts = sorted(rng.sample(range(1, 16), 4 + seed))
     cache = KVCache(model.config, 3, dtype=dtype)
-    pieces = [model(idx[:, a:b], cache=cache)[0] for a, b in zip([0] + cuts, cuts + [16])]
+    pieces = [model(idx[:, a:b], cache=cache)[0] for a, b in zip([0, *cuts], [*cuts, 16], strict=True)]
     assert cache.length == 16
     assert (torch.cat(pieces, 1) - full).abs().max() <= tolerance * max(1, full.abs().max())
 
@@ -43,6 +44,32 @@ def test_cache_memory_and_limits():
     assert KVCache(model.config, 5).capacity == 16
     with pytest.raises(ValueError, match="capacity 7"):
         model(torch.zeros(5, 8, dtype=torch.long), cache=cache)
+    for length in (0, -1, 17):
+        with pytest.raises(ValueError, match="from 1 to block_size 16"):
+            KVCache(model.config, 1, length=length)
+
+
+def test_the_cache_answers_for_positions():
+    model, idx = random_model(0), torch.randint(37, (2, 16))
+    cache = model.new_cache(2)
+    model(idx[:, :5], cache=cache)
+    assert cache.length == 5 and cache.positions(3).tolist() == [5, 6, 7]
+    with pytest.raises(ValueError, match="17 tokens exceeds the cache's capacity 16"):
+        cache.positions(12)
+    before = cache.nbytes
+    repeated = cache.repeat(3)
+    assert repeated.nbytes == 3 * before and repeated.length == 5
+    continued = model(idx[:, 5:].repeat_interleave(3, 0), cache=repeated)[0]
+    torch.testing.assert_close(continued, model(idx)[0][:, 5:].repeat_interleave(3, 0), atol=1e-5, rtol=1e-5)
+    cache.reset()
+    assert cache.positions(2).tolist() == [0, 1]
+    assert torch.equal(model(idx, cache=cache)[0], model(idx, cache=model.new_cache(2))[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_cache_has_the_models_dtype(dtype):
+    cache = random_model(0, dtype).new_cache(3, 4)
+    assert cache.k[1].dtype == cache.v[0].dtype == dtype and cache.k[0].shape == (3, 3, 4, 5)
 
 
 # --- generation ---
@@ -90,15 +117,16 @@ def test_same_generator_same_text():
     assert torch.equal(texts[0], cached_not)
 
 
-def test_rows_end_at_eos():
+def test_sequences_end_at_eos():
     model, idx = random_model(3), torch.randint(37, (6, 4))
     free = model.generate(idx, 40, temperature=0)
     eos = int(free[0, 10])
     out = model.generate(idx, 40, temperature=0, eos_id=eos)
-    for row, expected in zip(out[:, 4:].tolist(), free[:, 4:].tolist()):
+    for row, expected in zip(out[:, 4:].tolist(), free[:, 4:].tolist(), strict=True):
         end = expected.index(eos) + 1 if eos in expected else len(expected)
         assert row[:end] == expected[:end] and set(row[end:]) <= {eos}
-    assert torch.equal(model.generate(idx[:1], 40, temperature=0, eos_id=eos)[0], free[0, :free[0].tolist().index(eos, 4) + 1])
+    first = free[0, :free[0].tolist().index(eos, 4) + 1]
+    assert torch.equal(model.generate(idx[:1], 40, temperature=0, eos_id=eos)[0], first)
 
 
 def test_generate_leaves_the_mode_and_takes_no_tokens():
@@ -108,13 +136,29 @@ def test_generate_leaves_the_mode_and_takes_no_tokens():
     assert model.training
 
 
+def test_stream_that_is_left_early_restores_the_mode():
+    model = random_model(4).train()
+    stream = model.stream(torch.zeros(1, 3, dtype=torch.long), 10)
+    next(stream)
+    stream.close()
+    assert model.training
+
+
+def test_prefill_and_decode_one_token():
+    model, idx = random_model(4), torch.randint(37, (2, 9))
+    full, cache = model(idx)[0], model.new_cache(2)
+    torch.testing.assert_close(model.prefill(idx[:, :8], cache), full[:, 7], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.decode_one_token(idx[:, 8], cache), full[:, 8], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("how, words", [
     (dict(temperature=-0.1), "temperature"), (dict(temperature=math.nan), "temperature"), (dict(top_k=0), "top_k"),
     (dict(top_p=0.0), "top_p"), (dict(top_p=1.1), "top_p"), (dict(repetition_penalty=0.0), "repetition_penalty"),
-    (dict(num_samples=0), "num_samples")])
+    (dict(top_p=math.nan), "top_p"), (dict(temperature=math.inf), "temperature"),
+    (dict(num_samples=0), "num_samples"), (dict(max_new_tokens=-1), "max_new_tokens")])
 def test_bad_arguments(how, words):
     with pytest.raises(ValueError, match=words):
-        random_model(0).generate(torch.zeros(1, 3, dtype=torch.long), 3, **how)
+        random_model(0).generate(torch.zeros(1, 3, dtype=torch.long), **{"max_new_tokens": 3, **how})
 
 
 @pytest.mark.parametrize("idx", [[[0, 37]], [[-1, 0]], [[]]])

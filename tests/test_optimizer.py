@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from files import UserError
 from model import GPT, GPTConfig
 from optimizer import Muon, make_optimizers, orthogonalize, schedule
 
@@ -37,7 +38,7 @@ def test_muon_is_torchs():
             model(x, y)[1].backward()
             muon.step()
             model.zero_grad()
-    for p, q in zip(steps[0][2], steps[1][2]):
+    for p, q in zip(steps[0][2], steps[1][2], strict=True):
         torch.testing.assert_close(p, q, atol=2e-4, rtol=0)  # both orthogonalise in bfloat16; a step moves 0.02
 
 
@@ -45,18 +46,59 @@ def test_muon_takes_stacked_matrices_apart():
     torch.manual_seed(0)
     stacked = torch.nn.Parameter(torch.randn(30, 10))
     single = [torch.nn.Parameter(m.clone()) for m in stacked.detach().split(10)]
-    ours, theirs = Muon([{"params": [stacked], "parts": 3}], lr=0.02), torch.optim.Muon(single, lr=0.02, weight_decay=0.0)
+    ours = Muon([{"params": [stacked], "parts": 3}], lr=0.02)
+    theirs = torch.optim.Muon(single, lr=0.02, weight_decay=0.0)
     for _ in range(3):
         stacked.grad = torch.randn(30, 10)
-        for p, g in zip(single, stacked.grad.split(10)):
+        for p, g in zip(single, stacked.grad.split(10), strict=True):
             p.grad = g
         ours.step()
         theirs.step()
     torch.testing.assert_close(stacked, torch.cat(single), atol=2e-4, rtol=0)
+
+
+def names_in_groups(model, optimizer):
+    """The names of the parameters in each group, in order."""
+    names = {p: name for name, p in model.named_parameters()}
+    return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def test_groups_and_parameters_keep_their_order():
+    """A checkpoint stores the moments in this order, so another order would load them into other parameters."""
     model = model_and_batch()[0]
-    groups = make_optimizers(model, "muon", 1e-3)[0][0].param_groups
-    assert [g["parts"] for g in groups] == [3, 1]
-    assert all(any(p is block.attn.c_attn.weight for p in groups[0]["params"]) for block in model.h)
+    (muon, _), (adamw, _) = make_optimizers(model, "muon", 1e-3)
+    assert names_in_groups(model, muon) == [
+        ["h.0.attn.c_attn.weight", "h.1.attn.c_attn.weight"],
+        [f"h.{i}.{name}.weight" for i in (0, 1) for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")]]
+    assert [g["parts"] for g in muon.param_groups] == [3, 1]
+    vectors = [name for name, p in model.named_parameters() if p.dim() == 1]
+    assert names_in_groups(model, adamw) == [["wte.weight", "wpe.weight"], vectors]
+    (adamw, _), = make_optimizers(model, "adamw", 1e-3)
+    assert names_in_groups(model, adamw) == [[n for n, p in model.named_parameters() if p.dim() == 2], vectors]
+
+
+def test_muon_finds_its_matrices_under_any_name():
+    model, x, y = model_and_batch()
+    expected = names_in_groups(model, make_optimizers(model, "muon", 1e-3)[0][0])
+    model.layers = model.h
+    del model.h
+    muon = make_optimizers(model, "muon", 1e-3)[0][0]
+    assert names_in_groups(model, muon) == [["layers" + n[1:] for n in names] for names in expected]
+    # A head of its own is not Muon's either, nor is a linear layer that shares an embedding's matrix.
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(29, 32))
+    model.back_to_ids = torch.nn.Linear(32, 29, bias=False)
+    model.back_to_ids.weight = model.wte.weight
+    muon, adamw = (o for o, _ in make_optimizers(model, "muon", 1e-3))
+    assert names_in_groups(model, muon) == [["layers" + n[1:] for n in names] for names in expected]
+    assert {"lm_head.weight", "wte.weight"} <= set(names_in_groups(model, adamw)[0])
+
+
+def test_muon_without_a_matrix_is_an_error():
+    model = model_and_batch()[0]
+    model.h = torch.nn.ModuleList()
+    with pytest.raises(UserError, match="'muon' finds no linear layer"):
+        make_optimizers(model, "muon", 1e-3)
+    make_optimizers(model, "adamw", 1e-3)
 
 
 def test_orthogonalize_in_float32():
@@ -86,5 +128,5 @@ def test_which_parameters_go_where():
     (adamw, _), = make_optimizers(model, "adamw", 1e-3, weight_decay=0.1)
     assert [g["weight_decay"] for g in adamw.param_groups] == [0.1, 0.0]
     assert all((p.dim() >= 2) == (g["weight_decay"] > 0) for g in adamw.param_groups for p in g["params"])
-    with pytest.raises(ValueError, match="'adamw' or 'muon', got 'sgd'"):
+    with pytest.raises(UserError, match="'adamw' or 'muon', got 'sgd'"):
         make_optimizers(model, "sgd", 1e-3)
