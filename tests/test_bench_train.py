@@ -10,7 +10,8 @@ from conftest import TINY
     ("--dtype=float32", "--dropout=0.1", "--bias=True"),
     ("--dtype=bfloat16", "--dropout=0.0", "--optimizer=muon", "--gradient_accumulation_steps=2")])
 def test_memory_is_as_the_formula_says(trained, tmp_path, settings):
-    printed = trained.run("bench_train.py", *TINY, "--n_embd=64", *settings, "--steps=2", f"--json={tmp_path}/train.json")
+    printed = trained.run("bench_train.py", *TINY, "--n_embd=64", *settings, "--steps=2",
+                          f"--json={tmp_path}/train.json")
     record, = json.loads((tmp_path / "train.json").read_text())
     assert set(record["parts"]) == {"data", "forward", "backward", "optimizer"} and "a step:" in printed
     assert 0 < sum(record["parts"].values()) and record["flops_per_second"] > 0
