@@ -1,0 +1,692 @@
+"""fast.py's layers compute what model.py's do, and its checks would notice if they did not.
+
+Each `check_...` function compares one replacement with the plain layer. The tests call it on fast.py as it is, and once
+more with a mistake planted in the replacement, where it must fail.
+"""
+import copy
+import functools
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import fast
+import model as model_module
+from checkpoint import load_weights
+from fast import (
+    CompiledAttention,
+    FastDropout,
+    FastLinear,
+    FusedAttention,
+    Int8Linear,
+    PackedLinear,
+    StaticCache,
+    for_inference,
+    for_training,
+)
+from files import UserError
+from model import GPT, CausalSelfAttention, GPTConfig, KVCache, attention
+from test_generate import random_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # from torch.compile itself
+DTYPES = torch.float64, torch.float32, torch.bfloat16
+PREPARATIONS = [(dtype, compile) for compile in (False, True) for dtype in ("float32", "bfloat16", "int8")]
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+
+
+def assert_as_exact(fast, plain, exact, what=""):
+    """Both results of one computation are roundings of `exact`, which is in float64: in bfloat16 the fast one must be
+    about as near to it as the plain one, in longer types within a fixed distance."""
+    size = max(1.0, exact.abs().max().item())
+    error = (fast.double() - exact).abs().max().item()
+    if fast.dtype == torch.bfloat16:
+        allowed = 2 * (plain.double() - exact).abs().max().item() + torch.finfo(fast.dtype).eps * size
+    else:
+        allowed = {torch.float32: 1e-5, torch.float64: 1e-12}[fast.dtype] * size
+    assert error <= allowed, f"{what}: off by {error:.2g}, allowed are {allowed:.2g}"
+
+
+@pytest.fixture
+def dynamo_only(monkeypatch):
+    """torch.compile traces the model as ever, and runs the graph without generating C++, which would take long."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, options=None, **how: compile(f, backend="eager", **how))
+    fast.compiled_step.cache_clear()
+    torch.compiler.reset()
+    yield
+    fast.compiled_step.cache_clear()
+    torch.compiler.reset()
+
+
+# --- attention ---
+
+def check_attention(cls, dtype, T, S):
+    """`cls.attend` against the written-out attention: output and gradients."""
+    torch.manual_seed(T + S)
+    layer = cls(GPTConfig(block_size=S, n_head=3, n_embd=24))
+    q, k, v, upstream = (torch.randn(2, 3, n, 8).to(dtype) for n in (T, S, S, T))
+    positions = torch.arange(S - T, S)
+
+    def run(attend, *tensors):
+        *inputs, upstream = tensors
+        inputs = [t.clone().requires_grad_() for t in inputs]
+        y = attend(*inputs, positions)
+        return y.detach(), *torch.autograd.grad(y, inputs, upstream, materialize_grads=True)
+
+    written_out = functools.partial(CausalSelfAttention.attend, layer)
+    exact = run(written_out, *(t.double() for t in (q, k, v, upstream)))
+    plain = run(written_out, q, k, v, upstream)
+    names = "output", "gradient of q", "gradient of k", "gradient of v"
+    for f, p, e, name in zip(run(layer.attend, q, k, v, upstream), plain, exact, names, strict=True):
+        assert_as_exact(f, p, e, name)
+    with torch.no_grad():  # without a gradient another kernel runs
+        assert_as_exact(layer.attend(q, k, v, positions), plain[0], exact[0], "output without gradients")
+
+
+@pytest.mark.parametrize("cls, dtype", [
+    *((FusedAttention, dtype) for dtype in DTYPES),
+    (CompiledAttention, torch.float32), (CompiledAttention, torch.bfloat16)])  # for generation, never in float64
+@pytest.mark.parametrize("T, S", [(1, 1), (7, 7), (1, 9), (4, 9), (64, 64)])
+def test_attention(cls, dtype, T, S):
+    check_attention(cls, dtype, T, S)
+
+
+def test_fused_attention_drops_weights_in_training_only():
+    torch.manual_seed(0)
+    layer = FusedAttention(GPTConfig(block_size=8, n_head=2, n_embd=16, dropout=0.5))
+    q, k, v = torch.randn(3, 1, 2, 8, 8)
+    exact = attention(q, k, v, torch.arange(8))[0]
+    drawn = torch.stack([layer.attend(q, k, v, torch.arange(8)) for _ in range(3000)])
+    assert not torch.equal(drawn[0], drawn[1])
+    torch.testing.assert_close(drawn.mean(0), exact, atol=0.15, rtol=0)
+    layer.eval()
+    torch.testing.assert_close(layer.attend(q, k, v, torch.arange(8)), exact)
+
+
+# --- dropout ---
+
+def check_dropout(p, dtype):
+    """Share, scale, independence and gradient."""
+    torch.manual_seed(0)
+    x = torch.ones(1001, 999, dtype=dtype, requires_grad=True)
+    y = FastDropout(p)(x)
+    zeros, n = (y == 0).sum().item(), y.numel()
+    assert abs(zeros - p * n) < 5 * math.sqrt(n * p * (1 - p))  # five standard deviations
+    assert torch.equal(y[y != 0], torch.full((n - zeros,), 1 / (1 - p), dtype=dtype))
+    for pairs in ((y[:, 1:], y[:, :-1]), (y[1:], y[:-1]), (y[:, 4:], y[:, :-4])):  # independent: p squared of the pairs
+        both = ((pairs[0] == 0) & (pairs[1] == 0)).float().mean()
+        assert both == pytest.approx(p ** 2, rel=0.05, abs=1e-5)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())  # the gradient passes where the number did
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.7, 0.9999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout(p, dtype):
+    check_dropout(p, dtype)
+
+
+def test_dropout_of_nearly_all():
+    assert (FastDropout(0.9999999)(torch.ones(100_000)) == 0).float().mean() > 0.999
+
+
+def test_dropout_follows_the_seed_and_stops_in_eval():
+    layer, x = FastDropout(0.5), torch.randn(3, 5, 7)
+    torch.manual_seed(1)
+    first = layer(x)
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), first) and not torch.equal(layer(x), first)
+    assert layer.eval()(x) is x and FastDropout(0.0)(x) is x
+
+
+# --- linear layers ---
+
+def check_linear(cls, dtype, out, rows, bias):
+    """A replacement of nn.Linear, without gradients, on rows that lie apart in memory."""
+    torch.manual_seed(out + rows)
+    plain = nn.Linear(24, out, bias=bias).to(dtype)
+    x = torch.randn(2, rows, 48).to(dtype)[:, :, ::2]
+    weight, offset = plain.weight.double(), plain.bias.double() if bias else None
+    with torch.no_grad():
+        assert_as_exact(fast.twin(plain, cls)(x), plain(x), F.linear(x.double(), weight, offset))
+
+
+@pytest.mark.parametrize("out", [3, 8, 50, 64])
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers(out, rows, bias):
+    for dtype in DTYPES:
+        check_linear(FastLinear, dtype, out, rows, bias)
+    check_linear(PackedLinear, torch.float32, out, rows, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_layers_gradients(dtype):
+    torch.manual_seed(0)
+    plain, x = nn.Linear(24, 50).to(dtype), torch.randn(2, 7, 24).to(dtype)
+    results = []
+    for layer in (plain, fast.twin(copy.deepcopy(plain), FastLinear)):
+        z = x.clone().requires_grad_()
+        layer(z).square().sum().backward()
+        results.append([z.grad, layer.weight.grad, layer.bias.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast_is_obeyed_without_gradients(autocast):
+    plain, x = nn.Linear(24, 50), torch.randn(2, 7, 24)
+    with torch.no_grad(), torch.autocast("cpu", dtype=autocast):
+        y = fast.twin(plain, FastLinear)(x)
+        assert y.dtype == autocast and torch.equal(y, plain(x))
+
+
+def check_one_row(dtype, bias, int8):
+    """`one_row`, which compiled code uses, against a matrix multiplication in float64."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, 50, bias=bias), torch.randn(1, 1, 24).to(dtype)
+    if int8:
+        layer = fast.twin(layer, Int8Linear)
+        weight, scale = layer.weight, layer.scale
+        exact_weight = weight.double() * scale.double()[:, None]
+    else:
+        weight, scale = layer.weight.detach().to(dtype), None
+        exact_weight = weight.double()
+    offset = layer.bias.detach().to(dtype) if bias else None
+    exact = F.linear(x.double(), exact_weight, offset.double() if bias else None)
+    y = fast.one_row(x, weight, scale, offset)
+    assert y.dtype == dtype
+    assert_as_exact(y, exact.to(dtype), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("int8", [True, False])
+def test_one_row(dtype, bias, int8):
+    check_one_row(dtype, bias, int8)
+
+
+def check_int8(dtype=torch.float32):
+    """Each row of the weight is rounded to multiples of its largest magnitude / 127, and the layer computes with
+    exactly these."""
+    torch.manual_seed(0)
+    plain = nn.Linear(40, 30)
+    layer = fast.twin(plain, Int8Linear)
+    assert layer.weight.dtype == torch.int8 and (layer.weight.abs().amax(1) == 127).all()
+    rounded = layer.weight * layer.scale[:, None]
+    error = (rounded - plain.weight).abs()
+    assert (error <= plain.weight.abs().amax(1, keepdim=True) / 127 / 2 * 1.0001).all()
+    x = torch.randn(3, 40).to(dtype)
+    exact = F.linear(x.double(), rounded.double(), plain.bias.double())
+    assert_as_exact(layer.to(dtype)(x), F.linear(x, rounded.to(dtype), plain.bias.to(dtype)), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8(dtype):
+    check_int8(dtype)
+
+
+def test_int8_of_a_row_of_zeros():
+    plain = nn.Linear(8, 4)
+    plain.weight.data[2] = 0
+    layer = fast.twin(plain, Int8Linear)
+    assert torch.isfinite(layer(torch.randn(3, 8))).all() and (layer.weight[2] == 0).all()
+
+
+# --- the static cache ---
+
+def check_static_cache():
+    """Logits in chunks of any length through a StaticCache, against those of the whole."""
+    model, idx = random_model(0), torch.randint(37, (3, 16), generator=torch.Generator().manual_seed(0))
+    exact = model(idx)[0]
+    for_inference(model, "float32", compile=True)
+    for capacity, sizes in ((16, (5, 1, 1, 6, 3)), (16, (16,)), (8, (3, 4, 1)), (1, (1,))):
+        cache, pieces = StaticCache(model.config, 3, capacity), []
+        for piece in idx[:, :sum(sizes)].split(sizes, dim=1):
+            assert cache.positions(2).tolist() == [sum(p.size(1) for p in pieces) + i for i in (0, 1)]
+            pieces.append(model(piece, cache=cache)[0])
+        assert int(cache.length) == sum(sizes)
+        torch.testing.assert_close(torch.cat(pieces, 1), exact[:, :sum(sizes)], atol=1e-4, rtol=1e-5)
+
+
+def test_static_cache():
+    check_static_cache()
+
+
+def test_static_cache_repeats_and_resets():
+    model = for_inference(random_model(0), compile=True)
+    idx = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(0))
+    cache = model.new_cache(2, 9)
+    assert type(cache) is StaticCache and cache.capacity == 16 and model.new_cache(2).capacity == 16
+    assert [model.new_cache(1, n).capacity for n in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
+    first = model(idx[:, :5], cache=cache)[0]
+    repeated = cache.repeat(3)
+    rest = model(idx[:, 5:].repeat_interleave(3, 0), cache=repeated)[0]
+    assert int(cache.length) == 5 and int(repeated.length) == 9
+    torch.testing.assert_close(rest, model(idx[:, 5:], cache=cache)[0].repeat_interleave(3, 0))
+    cache.reset()
+    assert torch.equal(model(idx[:, :5], cache=cache)[0], first)
+
+
+def test_static_cache_does_not_overflow_in_silence():
+    model = for_inference(random_model(0), compile=True)
+    cache = model.new_cache(1, 4)
+    model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
+
+
+# --- a whole model, in training ---
+
+def losses_and_gradients(model, x, y, dtype):
+    """The loss, and {name: gradient}, with matrix multiplications in dtype."""
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = model(x, y)[1]
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def check_training(dtype):
+    """Loss and gradients of the model that train.py trains, against the plain model's."""
+    torch.manual_seed(0)
+    model = random_model(3, tied=True, n_embd=24).train()
+    x, y = torch.randint(37, (2, 4, 16))
+    exact = losses_and_gradients(copy.deepcopy(model).double(), x, y, torch.float64)
+    model = model.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    plain = losses_and_gradients(model, x, y, dtype)
+    quick = losses_and_gradients(for_training(copy.deepcopy(model)), x, y, dtype)
+    for name, e in exact.items():
+        if dtype == torch.bfloat16:  # the parameters and their gradients are float32
+            allowed = 2 * (plain[name] - e).abs().max() + 0.01 * e.abs().max()
+            assert (quick[name] - e).abs().max() <= allowed, name
+        else:
+            assert_as_exact(quick[name], plain[name], e, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_training(dtype):
+    check_training(dtype)
+
+
+def classes(model):
+    return {type(module) for module in model.modules()}
+
+
+def test_for_training_replaces_and_leaves_the_rest():
+    model = random_model(0, tied=True, dropout=0.1)
+    state, names, random = copy.deepcopy(model.state_dict()), list(model.state_dict()), torch.get_rng_state()
+    for mode in (True, False):
+        assert for_training(model.train(mode)) is model and model.training == mode
+        assert {FusedAttention, FastDropout, FastLinear} <= classes(model)
+        assert not {CausalSelfAttention, nn.Dropout, nn.Linear} & classes(model)  # the second time they are again
+    assert torch.equal(torch.get_rng_state(), random)
+    assert list(model.state_dict()) == names and all(torch.equal(state[n], t) for n, t in model.state_dict().items())
+    assert model.lm_head.weight is model.wte.weight
+    model.set_dropout(0.3)
+    assert all(m.p == 0.3 for m in model.modules() if isinstance(m, nn.Dropout))
+
+
+def test_evaluation_and_maps_of_a_model_in_training():
+    model, idx = random_model(0, dropout=0.5), torch.randint(37, (2, 12))
+    exact, maps = copy.deepcopy(model).double()(idx)[0], model.attention_maps(idx)
+    for_training(model)
+    with torch.no_grad():
+        assert_as_exact(model(idx)[0], None, exact)
+        cache = model.new_cache(2)
+        assert_as_exact(torch.cat([model(piece, cache=cache)[0] for piece in idx.split(5, 1)], 1), None, exact)
+    torch.testing.assert_close(model.attention_maps(idx), maps, atol=1e-5, rtol=1e-5)
+
+
+def test_only_layers_of_exactly_the_known_class_are_replaced():
+    class MyLinear(nn.Linear):
+        pass
+
+    class MyDropout(nn.Dropout):
+        pass
+
+    class MyAttention(CausalSelfAttention):
+        pass
+    model = random_model(0)
+    model.h[0].mlp.c_fc.__class__, model.h[0].attn.__class__, model.drop.__class__ = MyLinear, MyAttention, MyDropout
+    for prepare in (for_training, for_inference):
+        prepare(model)
+        assert {MyLinear, MyAttention, MyDropout} <= classes(model)
+        assert {type(model.h[1].attn), type(model.h[0].attn)} == {FusedAttention, MyAttention}
+
+
+# --- a whole model, in generation ---
+
+def reference(model, dtype):
+    """The plain model with the weights that for_inference computes with, in float64 and in the dtype of activations."""
+    plain = copy.deepcopy(model)
+    if dtype == "int8":  # each row rounded to multiples of its largest magnitude / 127
+        for layer in (m for m in plain.modules() if isinstance(m, nn.Linear)):
+            step = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+            layer.weight = nn.Parameter((layer.weight / step).round() * step)
+    elif dtype == "bfloat16":
+        plain.bfloat16()
+    return copy.deepcopy(plain).double(), plain
+
+
+@torch.no_grad()
+def logits_along(model, idx, prompt):
+    """Those after the prompt (B, prompt) and after each further token of idx (B, T), by decoding."""
+    cache = model.new_cache(idx.size(0), idx.size(1))
+    logits = [model.prefill(idx[:, :prompt], cache)]
+    logits += [model.decode_one_token(token, cache) for token in idx[:, prompt:].unbind(1)]
+    return torch.stack(logits, dim=1)
+
+
+def check_inference(dtype, compile, **changes):
+    """Logits of a prepared model, whole and along a sequence, and the text that it writes past block_size."""
+    model = random_model(1, **{**dict(n_layer=1, n_head=2, n_embd=16, block_size=8), **changes})
+    idx = torch.randint(37, (2, 8), generator=torch.Generator().manual_seed(0))
+    exact_model, plain_model = reference(model, dtype)
+    exact, plain = exact_model(idx)[0], plain_model(idx)[0]
+    prepared = for_inference(copy.deepcopy(model), dtype, compile)
+    assert_as_exact(prepared(idx)[0], plain, exact, "whole")
+    # A batch of 1, which has its own code, then more.
+    for rows in (slice(0, 1), slice(0, 2)):
+        decoded = logits_along(prepared, idx[rows], 3)
+        assert_as_exact(decoded, plain[rows, 2:], exact[rows, 2:], "decoded")
+    assert_follows(exact_model, prepared.generate(idx[:1, :3], 20, temperature=0), 3,
+                   0.1 if dtype == "bfloat16" else 1e-4)
+    assert_follows(exact_model, prepared.generate(idx[:1, :3], 5, temperature=0, num_samples=2), 3,
+                   0.1 if dtype == "bfloat16" else 1e-4)
+    if dtype != "bfloat16":  # where rounding may decide between two tokens
+        text = plain_model.generate(idx[:, :3], 20, temperature=0)
+        assert torch.equal(prepared.generate(idx[:, :3], 20, temperature=0), text)
+        assert torch.equal(prepared.generate(idx[:, :3], 20, temperature=0, use_cache=False), text)
+        samples = prepared.generate(idx[:, :3], 20, temperature=0, num_samples=2)
+        assert torch.equal(samples, text.repeat_interleave(2, 0))
+
+
+def assert_follows(model, ids, prompt, tolerance):
+    """Each token of ids (B, T) after the prompt is the likeliest, or nearly so, by a full forward pass over the window
+    that generation sees."""
+    block_size = model.config.block_size
+    window = ids[:, :prompt]
+    for t in range(prompt, ids.size(1)):
+        logits = model(window)[0][:, -1]
+        chosen = logits.gather(1, ids[:, t:t + 1])[:, 0]
+        assert (chosen >= logits.max(-1).values - tolerance * logits.abs().max()).all(), t
+        full = window.size(1) == block_size
+        window = ids[:, t + 1 - block_size // 2:t + 1] if full else ids[:, t - window.size(1):t + 1]
+
+
+@pytest.mark.parametrize("dtype, compile", PREPARATIONS)
+def test_inference(dynamo_only, dtype, compile):
+    check_inference(dtype, compile)
+
+
+@pytest.mark.parametrize("dtype, compile", [*PREPARATIONS[:3], ("float32", True)])
+def test_inference_without_biases_and_tied(dynamo_only, dtype, compile):
+    check_inference(dtype, compile, tied=True, bias=False, n_layer=2)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_inference_compiled(dtype):
+    torch.compiler.reset()
+    model = random_model(1, n_layer=1, n_head=2, n_embd=16, block_size=8)
+    idx = torch.randint(37, (1, 8), generator=torch.Generator().manual_seed(0))
+    exact_model, plain_model = reference(model, dtype)
+    for_inference(model, dtype, compile=True)
+    assert_as_exact(logits_along(model, idx, 3), plain_model(idx)[0][:, 2:], exact_model(idx)[0][:, 2:])
+    assert_follows(exact_model, model.generate(idx[:, :3], 20, temperature=0), 3, 0.1 if dtype == "bfloat16" else 1e-4)
+    if dtype == "float32":  # a batch of more than one sequence is other code
+        samples = model.generate(idx[:, :3], 5, temperature=0, num_samples=2)
+        assert torch.equal(samples, plain_model.generate(idx[:, :3], 5, temperature=0).repeat(2, 1))
+
+
+def test_a_prepared_model_in_float32_writes_what_the_plain_one_does():
+    model, idx = random_model(0, n_embd=48), torch.randint(37, (2, 12))
+    text = model.generate(idx, 40, temperature=0)
+    drawn = model.generate(idx, 40, top_k=10, generator=torch.Generator().manual_seed(0))
+    for_inference(model)
+    assert torch.equal(model.generate(idx, 40, temperature=0), text)
+    assert torch.equal(model.generate(idx, 40, top_k=10, generator=torch.Generator().manual_seed(0)), drawn)
+
+
+def test_preparing_twice():
+    model, idx = random_model(0, tied=True), torch.randint(37, (2, 12))
+    expected = for_inference(copy.deepcopy(model))(idx)[0]
+    for_training(model)
+    for_inference(model)  # takes back what for_training did
+    assert torch.equal(model(idx)[0], expected) and PackedLinear in classes(model) and FastLinear not in classes(model)
+    for prepare in (for_inference, for_training):
+        with pytest.raises(RuntimeError, match="prepared for inference already"):
+            prepare(model)
+    assert torch.equal(model(idx)[0], expected)
+    with pytest.raises(ValueError, match="float32, bfloat16 or int8, got 'int4'"):
+        for_inference(random_model(0), "int4")
+
+
+@pytest.mark.parametrize("dtype, compile", PREPARATIONS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_a_prepared_model_still_does(dtype, compile, tied):
+    model, idx = random_model(2, tied=tied), torch.randint(37, (2, 9))
+    exact, plain = reference(model, dtype)
+    numbers = model.num_parameters(), model.num_parameters(embeddings=False), model.flops_per_token(7)
+    state = model.state_dict()
+    prepared = for_inference(copy.deepcopy(model), dtype, compile)
+    assert isinstance(prepared, GPT) and not prepared.training
+
+    assert numbers == (
+        prepared.num_parameters(), prepared.num_parameters(embeddings=False), prepared.flops_per_token(7))
+    with pytest.raises(RuntimeError, match="cannot train"):
+        prepared.train()
+    assert prepared.train(False) is prepared.eval() is prepared
+    assert_as_exact(prepared.attention_maps(idx), plain.attention_maps(idx), exact.attention_maps(idx), "maps")
+
+    twin = copy.deepcopy(prepared)
+    before = prepared(idx)[0]
+    assert torch.equal(twin(idx)[0], before) and type(twin) is type(prepared)
+    with torch.no_grad():
+        twin.wpe.weight.add_(1)
+        twin.h[0].mlp.c_fc.bias.add_(1)
+    assert torch.equal(prepared(idx)[0], before) and not torch.equal(twin(idx)[0], before)
+
+    saved, other = prepared.state_dict(), random_model(5, tied=tied)
+    if dtype == "int8":
+        with pytest.raises(RuntimeError, match="scale"):
+            other.load_state_dict(saved)
+        with pytest.raises(UserError, match="does not fit"):
+            load_weights(other, saved, "a file")
+    else:
+        assert list(saved) == list(state) and all(t.layout == torch.strided for t in saved.values())
+        load_weights(other.to(getattr(torch, dtype)), saved, "a file")
+        assert all(torch.equal(t, state[name].to(t.dtype)) for name, t in other.state_dict().items())
+        assert torch.equal(other(idx)[0], plain(idx)[0])
+
+
+def test_a_subclass_of_gpt_is_prepared_too(capsys):
+    class MyGPT(GPT):
+        def greet(self):
+            return "hello"
+
+        def forward(self, *args, **kwargs):
+            logits, loss = super().forward(*args, **kwargs)
+            return logits * 2, loss
+    model, idx = random_model(0), torch.randint(37, (1, 9))
+    model.__class__ = MyGPT
+    exact = model(idx)[0].double()
+    for_inference(model)
+    assert_as_exact(model(idx)[0], None, exact)
+    assert model.greet() == "hello" and type(model).__name__ == "PreparedMyGPT" and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("dtype, compile", PREPARATIONS)
+def test_a_weight_that_is_used_directly_keeps_its_layout(dtype, compile, capsys):
+    class MyGPT(GPT):
+        def forward(self, idx, targets=None, cache=None, last_only=False):
+            x = self.wte(idx) + self.wpe(torch.arange(idx.size(1)))
+            for block in self.h:
+                x = block(x)
+            return F.linear(self.ln_f(x), self.lm_head.weight), None
+    model, idx = random_model(0, tied=True), torch.randint(37, (1, 9))
+    model.__class__ = MyGPT
+    exact, plain = (m(idx)[0] for m in reference(model, "float32" if dtype == "int8" else dtype))
+    numbers = model.num_parameters()
+    for_inference(model, dtype, compile)
+    assert_as_exact(model(idx)[0], plain, exact)
+    assert model.num_parameters() == numbers
+    layout_changes = dtype == "int8" or (dtype, compile) == ("float32", False)
+    assert capsys.readouterr().err.count("fast.py: Linear computes something else") == layout_changes
+
+
+# --- mistakes in the replacements: the comparisons above find them, and so does fast.py itself ---
+
+attend = {cls: cls.attend for cls in (FusedAttention, CompiledAttention)}
+prepare_packed, prepare_int8, forward_dropout = PackedLinear.prepare, Int8Linear.prepare, FastDropout.forward
+
+
+def fused_with_another_scale(self, q, k, v, positions):
+    return attend[FusedAttention](self, q * 1.01, k, v, positions)
+
+
+def compiled_mask_off_by_one(self, q, k, v, positions):
+    return attend[CompiledAttention](self, q, k, v, positions - 1)
+
+
+def fused_gradient_lost(self, q, k, v, positions):
+    return attend[FusedAttention](self, q, k.detach(), v, positions)
+
+
+def packed_with_a_block_transposed(self):
+    weight = self.weight.detach().clone()
+    weight[:3, :3] = self.weight[:3, :3].T
+    self.weight = nn.Parameter(weight)
+    prepare_packed(self)
+
+
+def int8_with_another_scale(self):
+    prepare_int8(self)
+    self.scale = self.scale * 127 / 128
+
+
+def dropout_that_is_not_made_up_for(self, x):
+    return forward_dropout(self, x) * (1 - self.p)
+
+
+def dropout_that_scales_always(self, x):
+    return forward_dropout(self, x) * 1.01
+
+
+def dropout_of_pairs(self, x):
+    return forward_dropout(self, torch.ones_like(x[..., ::2])).repeat_interleave(2, -1)[..., :x.size(-1)] * x
+
+
+def one_row_without_bias(x, weight, scale=None, bias=None):
+    return (weight.float() @ x.float().flatten() * (1 if scale is None else scale)).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def positions_off_by_one(self, T):
+    return self.length + 1 + torch.arange(T)
+
+
+def forgetful_append(self, layer, k, v):
+    self.k[layer][:, :, :k.size(2)], self.v[layer][:, :, :k.size(2)] = k, v
+    return self.k[layer], self.v[layer]
+
+
+MISTAKES = [
+    (FusedAttention, "attend", fused_with_another_scale, lambda: check_attention(FusedAttention, torch.float32, 7, 7)),
+    (FusedAttention, "attend", fused_gradient_lost, lambda: check_attention(FusedAttention, torch.float32, 7, 7)),
+    (CompiledAttention, "attend", compiled_mask_off_by_one,
+     lambda: check_attention(CompiledAttention, torch.float32, 1, 9)),
+    (PackedLinear, "prepare", packed_with_a_block_transposed,
+     lambda: check_linear(PackedLinear, torch.float32, 8, 3, True)),
+    (Int8Linear, "prepare", int8_with_another_scale, check_int8),
+    (FastDropout, "forward", dropout_that_is_not_made_up_for, lambda: check_dropout(0.1, torch.float32)),
+    (FastDropout, "forward", dropout_that_scales_always, lambda: check_dropout(0.1, torch.float32)),
+    (FastDropout, "forward", dropout_of_pairs, lambda: check_dropout(0.1, torch.float32)),
+    (fast, "one_row", one_row_without_bias, lambda: check_one_row(torch.float32, True, False)),
+    (fast, "one_row", one_row_without_bias, lambda: check_inference("int8", True)),
+    (StaticCache, "positions", positions_off_by_one, check_static_cache),
+    (StaticCache, "append", forgetful_append, check_static_cache),
+    (StaticCache, "append", forgetful_append, lambda: check_inference("float32", True)),
+]
+
+
+@pytest.mark.parametrize("where, what, wrong, check", MISTAKES)
+def test_the_comparisons_find(monkeypatch, dynamo_only, where, what, wrong, check):
+    monkeypatch.setattr(where, what, wrong)
+    with pytest.raises((AssertionError, IndexError)):
+        check()
+
+
+@pytest.mark.parametrize("where, what, wrong, check", [
+    (FusedAttention, "attend", fused_with_another_scale, lambda: check_training(torch.float32)),
+    (FusedAttention, "attend", fused_gradient_lost, lambda: check_training(torch.float32)),
+    (CompiledAttention, "attend", compiled_mask_off_by_one, lambda: check_inference("float32", True)),
+    (PackedLinear, "prepare", packed_with_a_block_transposed, lambda: check_inference("float32", False)),
+    (Int8Linear, "prepare", int8_with_another_scale, lambda: check_inference("int8", False))])
+def test_the_comparisons_of_whole_models_find(monkeypatch, dynamo_only, where, what, wrong, check):
+    monkeypatch.setattr(where, what, wrong)
+    monkeypatch.setattr(fast, "computes_the_same", lambda *args: True)  # which would leave the replacement out
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize("prepare, where, what, wrong, plain", [
+    (for_training, FusedAttention, "attend", fused_with_another_scale, CausalSelfAttention),
+    (for_inference, FusedAttention, "attend", fused_with_another_scale, CausalSelfAttention),
+    (functools.partial(for_inference, compile=True), CompiledAttention, "attend", compiled_mask_off_by_one,
+     CausalSelfAttention),
+    (for_inference, PackedLinear, "prepare", packed_with_a_block_transposed, nn.Linear)])
+def test_a_replacement_with_a_mistake_is_left_out(monkeypatch, capsys, prepare, where, what, wrong, plain):
+    model, idx = random_model(0), torch.randint(37, (1, 9))
+    exact = copy.deepcopy(model).double()(idx)[0]
+    monkeypatch.setattr(where, what, wrong)
+    prepare(model)
+    assert where not in classes(model) and plain in classes(model)
+    assert_as_exact(model(idx)[0], None, exact)
+    assert capsys.readouterr().err == (f"fast.py: {plain.__name__} computes something else than {where.__name__} does, "
+                                       "so it stays as it is in model.py, which may be slower\n")
+
+
+def capped(q, k, v, positions, dropout=None):
+    """Attention with a soft cap on its scores, as someone might write it in model.py."""
+    scores = q / math.sqrt(q.size(-1)) @ k.mT
+    scores = 2 * torch.tanh(scores / 2) + model_module.causal_mask(positions, k.size(-2), q.dtype)
+    weights = F.softmax(scores, dim=-1)
+    return (weights if dropout is None else dropout(weights)) @ v, weights
+
+
+@pytest.mark.parametrize("prepare", [for_training, *(functools.partial(for_inference, dtype=d, compile=c)
+                                                     for d, c in PREPARATIONS)])
+def test_another_attention_in_the_model_stays(monkeypatch, capsys, prepare):
+    model, idx = random_model(0), torch.randint(37, (1, 9))
+    unedited = model(idx)[0]
+    monkeypatch.setattr(model_module, "attention", capped)
+    dtype = getattr(prepare, "keywords", {}).get("dtype", "float32")
+    exact, plain = (m(idx)[0] for m in reference(model, dtype))
+    assert (plain - unedited).abs().max() > 0.1
+    prepare(model)
+    assert CausalSelfAttention in classes(model)
+    assert_as_exact(model(idx)[0], plain, exact)
+    assert capsys.readouterr().err.count("fast.py: CausalSelfAttention computes something else") == 1
+
+
+def test_nothing_is_said_about_an_unedited_model(capsys):
+    for dtype, compile in PREPARATIONS:
+        for_inference(for_training(random_model(0, tied=True)), dtype, compile)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_other_processes_are_silent(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(model_module, "attention", capped)
+    for_training(random_model(0))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_caches_are_of_one_kind():
+    """What model.py does with a cache works with both."""
+    methods = {name for name in vars(KVCache) if not name.startswith("__")}
+    assert methods == {"nbytes", "positions", "append", "reset", "repeat"}
+    assert StaticCache(GPTConfig(block_size=8, n_layer=2, n_head=2, n_embd=8), 3, 4).nbytes == 2 * 2 * 3 * 4 * 8 * 4
