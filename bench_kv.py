@@ -203,10 +203,11 @@ def bench(name, gpt, bandwidth):
                         "batch": rows, "prompt": length, "new_tokens": new_tokens, "tokens_per_second": speed,
                         "prefill_seconds": prefill, "decode_seconds": decode, "compile_seconds": compiled.get(v),
                         "share_of_bandwidth": read, "device": str(device)})
-        columns = (peer or "ours", 12), (kind, 10), ("compiled" if is_compiled else "eager", 10), (
-            "yes" if use_cache else "no", 7), (rows, 7), (length, 8), (f"{prefill:.3f}", 11), (f"{decode:.2f}", 10), (
-            f"{speed:.1f}", 10), (f"{read:.0%}" if read else "", 11), (f"{compiled[v]:.0f}" if v in compiled else "", 10)
-        print("".join(f"{value:<{width}}" for value, width in columns), flush=True)
+        values = [peer or "ours", kind, "compiled" if is_compiled else "eager", "yes" if use_cache else "no", rows,
+                  length, f"{prefill:.3f}", f"{decode:.2f}", f"{speed:.1f}", f"{read:.0%}" if read else "",
+                  f"{compiled[v]:.0f}" if v in compiled else ""]
+        widths = 12, 10, 10, 7, 7, 8, 11, 10, 10, 11, 10
+        print("".join(f"{value:<{width}}" for value, width in zip(values, widths, strict=True)), flush=True)
 
     return records, report(config, gpts, plan, results, total, idx)
 
@@ -246,8 +247,8 @@ def report(config, gpts, plan, results, total, idx):
         difference, largest = (logits - exact).abs().max(), exact.abs().max()
         agreeing = (logits.argmax(-1) == exact.argmax(-1)).float().mean()
         print(f"{key[0]}, {'compiled' if key[1] else 'eager'}, with the cache, against a full forward pass in "
-              f"{reference[0]}: logits differ by at most {difference:.1e} (the largest is {largest:.1f}), {agreeing:.0%} "
-              "of the next tokens are the same")
+              f"{reference[0]}: logits differ by at most {difference:.1e} (the largest is {largest:.1f}), "
+              f"{agreeing:.0%} of the next tokens are the same")
     return good
 
 

@@ -173,7 +173,8 @@ tokens = train.sequences * train.block_size // world_size
 flops = tokens * train.raw_model.flops_per_token(train.block_size) / step_seconds
 
 print_once(f"{' '.join(arguments) or 'the default settings of train.py'}: {train.raw_model.num_parameters():,} "
-           f"parameters on {train.device} in {train.dtype}{', compiled' if train.compile else ''}, {tokens:,} tokens a step")
+           f"parameters on {train.device} in {train.dtype}{', compiled' if train.compile else ''}, "
+           f"{tokens:,} tokens a step")
 print_once(f"a step: {step_seconds * 1e3:.1f} ms (median of {steps}), {tokens / step_seconds:,.0f} tokens/s")
 for part, seconds in parts.items():
     print_once(f"  {part:<10} {seconds * 1e3:8.2f} ms  {seconds / step_seconds:4.0%}")
@@ -195,9 +196,9 @@ if profile:
     table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
     print_once(f"\n10 steps by operator:\n{table}")
 if json and is_main_process():
-    record = {"step_seconds": step_seconds, "parts": parts, "tokens": tokens,
-              "evaluation_tokens_per_second": evaluation, "flops_per_second": flops, "matrix_flops_per_second": peaks, "memory_bytes": memory,
-              "memory_bytes_by_formula": formula, "peak_memory_bytes": peak_bytes,
-              "arguments": arguments, "device": str(train.device), "dtype": train.dtype, "compile": train.compile}
+    record = {"step_seconds": step_seconds, "parts": parts, "tokens": tokens, "flops_per_second": flops,
+              "evaluation_tokens_per_second": evaluation, "matrix_flops_per_second": peaks, "memory_bytes": memory,
+              "memory_bytes_by_formula": formula, "peak_memory_bytes": peak_bytes, "arguments": arguments,
+              "device": str(train.device), "dtype": train.dtype, "compile": train.compile}
     write_atomically(json, json_format.dumps([record], indent=1).encode())
 finish()

@@ -115,6 +115,9 @@ def _install_hooks():
 
 
 _install_hooks()
+for _stream in (sys.stdout, sys.stderr):  # UTF-8 to a file or a pipe, too, where the system (Windows) has other ideas
+    if hasattr(_stream, "reconfigure") and _stream.encoding.lower() not in ("utf-8", "utf8"):
+        _stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 # --- settings ---
 

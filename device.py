@@ -1,4 +1,4 @@
-"""The machine: which device a script runs on and in which dtype, and what the device can do.
+"""The machine: on which device a script runs, in which dtype, and what the device can do.
 
     device = choose_device(None)                    # the best there is
     dtype = choose_dtype(device, None)              # "bfloat16" where that is fast
@@ -6,6 +6,7 @@
 """
 import importlib.util
 import os
+import re
 import sys
 import time
 
@@ -15,26 +16,26 @@ from files import UserError
 
 
 def choose_device(name=None):
-    """cpu, cuda, cuda:1, mps, xpu, or None for the best there is -> torch.device, checked and made current. Under
+    """cpu, cuda, cuda:1, mps, xpu, or None for the best there is -> torch.device, tried out and made current. Under
     torchrun each process gets the device of its local rank. UserError if the device cannot be used."""
     if name is None:
         name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-        name += f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and name in ("cuda", "xpu") else ""
     try:
         device = torch.device(name)
         if device.type in ("cuda", "xpu"):
-            device = torch.device(device.type, device.index or 0)
+            index = os.environ.get("LOCAL_RANK", 0) if device.index is None else device.index
+            device = torch.device(device.type, int(index))
             torch.accelerator.set_device_index(device.index)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, ValueError) as e:  # torch raises any of these, depending on the device
-        raise UserError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from None
+        raise UserError(f"device {name!r} cannot be used: {(str(e) or type(e).__name__).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     return device
 
 
 def has_fast_bfloat16(device):
-    """Whether matrix multiplications in bfloat16 are faster than in float32, and not only emulated."""
+    """Whether the hardware multiplies matrices in bfloat16, instead of emulating that in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -45,17 +46,18 @@ def has_fast_bfloat16(device):
         return False
 
 
-def choose_dtype(device, name=None):
-    """float32, bfloat16, float16, or None for the fastest in which training is safe -> its name."""
-    if name is None:
+def choose_dtype(device, name=None, training=True):
+    """The name of a dtype, or None for the fastest that is safe -> the name. Generation in 16 bits pays off on CUDA
+    alone, unless asked for: elsewhere float32 is as fast, or exact at little cost."""
+    if name is None and (training or device.type == "cuda"):
         name = "bfloat16" if has_fast_bfloat16(device) else "float16" if device.type == "cuda" else "float32"
-    return name
+    return name or "float32"
 
 
 def can_compile(device):
     """Whether to compile the model unless told otherwise: on CUDA, if the compiler, triton, is installed."""
     found = importlib.util.find_spec("triton") is not None
-    if device.type == "cuda" and not found:
+    if device.type == "cuda" and not found and os.environ.get("RANK", "0") == "0":
         print("triton is not installed: running without torch.compile, which is slower", flush=True)
     return device.type == "cuda" and found
 
@@ -66,16 +68,22 @@ def synchronize(device):
         torch.accelerator.synchronize()
 
 
-# FLOP/s of matrix multiplications in 16 bits, without sparsity, as NVIDIA's data sheets give them.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12,
-         "V100": 125e12, "T4": 65e12}
+# FLOP/s of dense matrix multiplications in float16, in bfloat16 (0: not in hardware) and in float32 (as TF32, if there
+# is that), from NVIDIA's data sheets. A pattern must match the device's name to its end.
+PEAKS = {
+    r"H200( \w+)?": (989e12, 989e12, 494e12), r"H100 (80GB HBM3|SXM5.*)": (989e12, 989e12, 494e12),
+    r"H100 PCIe": (756e12, 756e12, 378e12), r"A100[- ].*": (312e12, 312e12, 156e12), r"L40S": (362e12, 362e12, 183e12),
+    r"L4": (121e12, 121e12, 60e12), r"RTX 4090": (165e12, 165e12, 83e12), r"RTX 3090": (71e12, 71e12, 36e12),
+    r"V100-SXM2-(16|32)GB": (125e12, 0, 15.7e12), r"T4": (65e12, 0, 8.1e12)}
 
 
 def peak_flops(device, dtype):
-    """FLOP/s of the device's matrix multiplications, and where the figure comes from; None for an unknown device."""
+    """FLOP/s of the device's matrix multiplications in a dtype, and where the figure comes from; None for a device or a
+    dtype that is not known."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-        return next((peak for key, peak in PEAKS.items() if key in name), None), f"{name}'s data sheet"
+        peaks = next((p for pattern, p in PEAKS.items() if re.search(rf"(^|[ ]){pattern}$", name)), (0, 0, 0))
+        return dict(zip(("float16", "bfloat16", "float32"), peaks, strict=True))[dtype] or None, f"{name}'s data sheet"
     if device.type != "cpu":
         return None, ""
     a, times = torch.ones(1024, 1024, dtype=getattr(torch, dtype)), []
@@ -88,8 +96,8 @@ def peak_flops(device, dtype):
 
 def peak_memory(device):
     """The most bytes that the device, or on a CPU this process, has held at once; 0 where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+    if device.type in ("cuda", "xpu"):
+        return torch.accelerator.max_memory_allocated()
     try:
         import resource
     except ImportError:  # on Windows

@@ -12,6 +12,7 @@ Both change the model in place and return it: a layer gets a subclass that compu
     nn.Linear on a CPU      FastLinear        oneDNN multiplies float32 faster than MKL, but has no gradient  GAIN4
                             PackedLinear      its weight lies in the order in which oneDNN reads it           GAIN5
     nn.Linear               Int8Linear        a weight takes one byte instead of four                         GAIN6
+    lm_head on CUDA         PaddedLinear      a GPU's fast kernels want multiples of 64 outputs               not measured
     decode_one_token        compiled          one loop reads each weight once, whatever its dtype             GAIN7
 
     python fast.py   # measures the gains on this machine; those above are from NAME
@@ -148,6 +149,16 @@ class PackedLinear(FastLinear):
         self.prepare()
 
 
+class PaddedLinear(nn.Linear):
+    """A linear layer that computes with a weight padded by zeros to a multiple of 64 rows, and leaves these outputs out.
+    A GPU's fast kernels want such multiples, and GPT-2's vocabulary, 50257, is odd. The parameter stays as it is."""
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        weight = F.pad(self.weight, (0, 0, 0, -self.out_features % 64))
+        return F.linear(x, weight)[..., :self.out_features]
+
+
 class Int8Linear(nn.Linear):
     """A linear layer with an int8 weight and one scale for each output: each row of the weight is divided by its
     largest magnitude / 127 and rounded, so an entry is off by at most 1/254 of the row's largest."""
@@ -175,6 +186,12 @@ class StaticCache(KVCache):
     def __init__(self, *args):
         super().__init__(*args)
         self.length = torch.zeros(1, dtype=torch.long, device=self.k[0].device)
+        self.mark()
+
+    def mark(self):
+        """Tells the compiler that these tensors stay where they are. Else it gives up CUDA graphs, since they change."""
+        for tensor in (*self.k, *self.v, self.length):
+            torch._dynamo.mark_static_address(tensor, guard=False)
 
     def positions(self, T):
         """The positions (T,) of the next T tokens."""
@@ -195,6 +212,7 @@ class StaticCache(KVCache):
         """A cache that holds every sequence n times, side by side."""
         repeated = super().repeat(n)
         repeated.length = self.length.clone()
+        repeated.mark()
         return repeated
 
 
@@ -237,7 +255,8 @@ class Prepared:
         """The plain step or, with a StaticCache, the compiled one."""
         if not isinstance(cache, StaticCache):
             return super().decode_one_token(token, cache)
-        return compiled_step(token.device.type == "cuda", self.prepared_as[0])(self, token, cache)
+        logits = compiled_step(token.device.type == "cuda", self.prepared_as[0])(self, token, cache)
+        return logits.clone()  # the next run of a CUDA graph writes over its outputs
 
 
 class PreparedGPT(Prepared, GPT):
@@ -300,6 +319,16 @@ def replace(model, plain, fast):
         become(layer, fast)
 
 
+def replace_head(model):
+    """Replaces lm_head by a PaddedLinear, if the vocabulary is no multiple of 64 already."""
+    head = model.lm_head
+    if type(head) is nn.Linear and head.bias is None and head.out_features % 64:
+        if computes_the_same(head, PaddedLinear, model.config.block_size):
+            become(head, PaddedLinear)
+        else:
+            stay_plain(nn.Linear, PaddedLinear)
+
+
 def stay_plain(plain, fast):
     """Says that a layer is not replaced."""
     if os.environ.get("RANK", "0") == "0":
@@ -312,7 +341,7 @@ def restore(model):
     if isinstance(model, Prepared):
         raise RuntimeError("this model was prepared for inference already; load it again")
     for module in model.modules():
-        if type(module) in (FusedAttention, FastDropout, FastLinear):
+        if type(module) in (FusedAttention, FastDropout, FastLinear, PaddedLinear):
             module.__class__ = type(module).__base__
 
 
@@ -332,17 +361,19 @@ def for_training(model):
             replace(model, nn.Dropout, FastDropout)
         if has_onednn(model):
             replace(model, nn.Linear, FastLinear)
+        if model.wte.weight.device.type == "cuda":
+            replace_head(model)
     return model.train(was_training)
 
 
 @torch.no_grad()
 def for_inference(model, dtype="float32", compile=False):
     """Prepares a model for generation on the device where it lies, in place; also returns it. dtype is that of the
-    weights: "float32", "bfloat16", or "int8", which concerns the linear layers alone. With compile, the step for one
-    token is compiled when it is first taken. The model cannot be trained afterwards. ValueError for another dtype,
-    RuntimeError if the model was prepared already."""
-    if dtype not in ("float32", "bfloat16", "int8"):
-        raise ValueError(f"dtype must be float32, bfloat16 or int8, got {dtype!r}")
+    weights: "float32", "bfloat16", "float16", or "int8", which concerns the linear layers alone. With compile, the step
+    for one token is compiled when it is first taken. The model cannot be trained afterwards. ValueError for another
+    dtype, RuntimeError if the model was prepared already."""
+    if dtype not in ("float32", "bfloat16", "float16", "int8"):
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or int8, got {dtype!r}")
     restore(model.eval())
     replace(model, CausalSelfAttention, CompiledAttention if compile else FusedAttention)
     if dtype != "int8":

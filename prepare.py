@@ -186,7 +186,11 @@ def read_openwebtext():
     except ImportError:
         raise UserError("openwebtext is streamed with Hugging Face's datasets: pip install datasets") from None
     try:
-        for number, record in enumerate(load_dataset(str(OPENWEBTEXT), split="train", streaming=True), 1):
+        try:
+            records = load_dataset(str(OPENWEBTEXT), split="train", streaming=True)
+        except RuntimeError:  # datasets 4 refuses the script of that repository; Hugging Face keeps a copy as Parquet
+            records = load_dataset(str(OPENWEBTEXT), split="train", streaming=True, revision="refs/convert/parquet")
+        for number, record in enumerate(records, 1):
             yield number, record, number
     except Exception as e:
         raise UserError(f"{OPENWEBTEXT} cannot be streamed: {e}; the same command tries again and continues") from e

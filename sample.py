@@ -21,7 +21,7 @@ repetition_penalty = 1.0           # above 1 makes tokens that have occurred les
 stop: str | None = None            # a text that ends a sample; it is not shown
 seed = 1337                        # the same seed gives the same text
 device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
-dtype: str | None = None           # of the weights: float32, bfloat16 or int8; None: bfloat16 on CUDA, else float32
+dtype: str | None = None           # of the weights: float32, bfloat16, float16, int8; None: 16 bits on CUDA, else 32
 compile = False                    # compile the step for one token: faster from a few hundred tokens on
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
@@ -39,14 +39,14 @@ for name, good, expected in (
         ("top_p", top_p is None or 0.0 < top_p <= 1.0, "in (0, 1]"),
         ("repetition_penalty", 0.0 < repetition_penalty < math.inf, "a number above 0"),
         ("stop", stop != "", "a text, not empty"), ("seed", -2 ** 63 <= seed < 2 ** 64, "a number of at most 64 bits"),
-        ("dtype", dtype in (None, "float32", "bfloat16", "int8"), "float32, bfloat16 or int8")):
+        ("dtype", dtype in (None, "float32", "bfloat16", "float16", "int8"), "float32, bfloat16, float16 or int8")):
     if not good:
         raise UserError(f"{name} must be {expected}, got {config[name]!r}")
 
 import torch
 
 from checkpoint import load_model, load_pretrained
-from device import choose_device, has_fast_bfloat16
+from device import choose_device, choose_dtype
 from fast import for_inference
 
 
@@ -103,8 +103,7 @@ if tok is None:
 prompt, ids = read_prompt(tok)
 if len(ids) > model.config.block_size:
     print(f"the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}", file=sys.stderr)
-dtype = dtype or ("bfloat16" if device.type == "cuda" and has_fast_bfloat16(device) else "float32")
-for_inference(model.to(device), dtype, compile)
+for_inference(model.to(device), choose_dtype(device, dtype, training=False), compile)
 
 texts = [Text(tok) for _ in range(num_samples)]
 print(prompt, end="", flush=True)

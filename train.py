@@ -16,6 +16,7 @@ init_from = "scratch"              # scratch, resume, or GPT-2 weights: gpt2, ..
 seed = 1337                        # every random choice of the run follows from it
 # data
 dataset = "shakespeare_char"       # a folder in data/, made by prepare.py
+prepare = ""                       # what prepare.py gets if the folder is not there yet, as in "--val_fraction=0.01"
 batch_size = 12                    # sequences in one forward and backward pass
 gradient_accumulation_steps = 1    # passes in one optimizer step, which so sees this many times batch_size sequences
 block_size = 64                    # tokens in a sequence
@@ -56,6 +57,7 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator
 
 import functools
 import math
+import shlex
 import subprocess
 import sys
 import time
@@ -107,7 +109,7 @@ from optimizer import make_optimizers, schedule
 # --- resume or start: a checkpoint brings its settings, except for those that this call names ---
 
 out = Path(out_dir)
-checkpoint = pretrained = None
+checkpoint = pretrained = tokenizer = None
 fixed, source = {}, None  # what cannot change any more, and why
 if init_from == "resume" and (out / "latest.pt").exists():
     source = out / "latest.pt"
@@ -115,12 +117,14 @@ if init_from == "resume" and (out / "latest.pt").exists():
     not_kept = {"init_from", "out_dir", "strategy", *overrides} | ({"device"} if distributed.is_distributed else set())
     config |= {k: v for k, v in checkpoint["config"].items() if k in config and k not in not_kept}
     fixed = checkpoint["model_config"] | {"optimizer": checkpoint["config"].get("optimizer", optimizer)}
+    tokenizer = checkpoint["tokenizer"]
 elif init_from == "resume":
     print_once(f"no latest.pt in {out_dir}: starting from scratch")
 elif init_from != "scratch":
     source = init_from
-    pretrained, pretrained_tokenizer = load_pretrained(source, overrides.get("block_size"))
+    pretrained, found = load_pretrained(source, overrides.get("block_size"))
     fixed = asdict(pretrained.config) | {"dropout": dropout}
+    tokenizer = found.state() if found else None
 for name, value in fixed.items():
     if name in overrides and name != "dropout" and overrides[name] != value:
         raise UserError(f"{source} has {name}={value}, not {overrides[name]}; leave it out, or start from scratch")
@@ -144,8 +148,8 @@ def prepare_dataset():
     """Runs prepare.py, if there is no such dataset yet."""
     if not (data_dir / "meta.json").exists():
         print(f"no dataset in {data_dir}: preparing it", flush=True)
-        prepare = [sys.executable, Path(__file__).resolve().parent / "prepare.py", f"--dataset={dataset}"]
-        failed = subprocess.run(prepare).returncode
+        script = Path(__file__).resolve().parent / "prepare.py"
+        failed = subprocess.run([sys.executable, script, f"--dataset={dataset}", *shlex.split(prepare)]).returncode
         if failed:
             distributed.finish(failed)
 
@@ -155,8 +159,9 @@ meta, train_data, val_data = open_dataset(data_dir)
 if len(train_data) <= block_size:
     raise UserError(f"the training split of {dataset} has {len(train_data)} tokens, too few for a block_size of "
                     f"{block_size}; lower --block_size or add text")
-if checkpoint and checkpoint["tokenizer"] != meta["tokenizer"]:
-    raise UserError(f"cannot resume on {dataset}: its tokenizer is not the checkpoint's; start from scratch")
+if tokenizer not in (None, meta["tokenizer"]) or fixed.get("vocab_size", meta["vocab_size"]) != meta["vocab_size"]:
+    raise UserError(f"{source} has another vocabulary than {dataset}: its tokenizer is not the dataset's; name another "
+                    "dataset, or start from scratch")
 
 # A step takes `sequences` sequences. Processes share its micro-steps if they can, else each micro-step's sequences.
 sequences, world_size = batch_size * gradient_accumulation_steps, distributed.world_size
@@ -200,16 +205,9 @@ def get_batch(step):
 # --- model and optimizers ---
 
 torch.manual_seed(seed)
-if pretrained is None:
-    names = asdict(GPTConfig())  # each name in GPTConfig that is a setting here takes its value
-    raw_model = GPT(GPTConfig(**{k: v for k, v in (fixed | config).items() if k in names} | {
-        "vocab_size": meta["vocab_size"]}))
-else:
-    raw_model = pretrained
-    if raw_model.config.vocab_size != meta["vocab_size"] or (
-            pretrained_tokenizer and pretrained_tokenizer.state() != meta["tokenizer"]):
-        raise UserError(f"{init_from} has another vocabulary than {dataset}; prepare one with --tokenizer=gpt2")
-    raw_model.set_dropout(dropout)
+shape = {k: v for k, v in (fixed | config).items() if k in asdict(GPTConfig())}  # settings named as in GPTConfig
+raw_model = pretrained or GPT(GPTConfig(**shape | {"vocab_size": meta["vocab_size"]}))
+raw_model.set_dropout(dropout)
 for_training(raw_model.to(device).train())  # faster layers that compute the same
 if strategy == "fsdp":
     distributed.shard(raw_model, device)
@@ -285,10 +283,13 @@ def update_weights():
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     if strategy == "fsdp":
         grad_norm = grad_norm.full_tensor()
+    # After an overflow in float16 no optimizer steps, since clipping has made all gradients NaN, and the scale falls.
+    overflow = scaler.is_enabled() and not math.isfinite(grad_norm.item())
     for o, _ in optimizers:
-        scaler.step(o)
+        if not overflow:
+            o.step()
         o.zero_grad(set_to_none=True)
-    scaler.update()
+    scaler.update(scaler.get_scale() / 2 if overflow else None)
     return grad_norm
 
 
@@ -324,7 +325,7 @@ if __name__ == "__main__":
     min_ratio = 0.1 if min_lr is None else min_lr / learning_rate
     distributed.catch_stop_signals()
     start_iter, start_seconds, loss, stop = iter_num, seconds, None, 0
-    mark, logged_at, logged_seconds = time.perf_counter(), iter_num, seconds
+    batch, mark, logged_at, logged_seconds = get_batch(iter_num), time.perf_counter(), iter_num, seconds
     while iter_num < max_iters and not stop:
         scale = schedule(iter_num, warmup, max_iters, min_ratio)
         for o, peak in optimizers:
@@ -332,11 +333,10 @@ if __name__ == "__main__":
                 group["lr"] = peak * scale
         # Dropout's masks follow from the seed, the step and the process, so a resumed run draws the same.
         torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, distributed.rank)).generate_state(1)[0]))
-        x, y = get_batch(iter_num)
-        loss = forward_backward(x, y)
+        loss = forward_backward(*batch)
         grad_norm = update_weights()
         iter_num += 1
-
+        batch = get_batch(iter_num)  # on its way to the device while that is at work
         last = iter_num == max_iters
         evaluating = iter_num % eval_interval == 0 or last
         if iter_num % log_interval == 0 or evaluating:
@@ -387,6 +387,7 @@ if __name__ == "__main__":
         print_once(f"nothing to do: the run has {iter_num} steps already, and max_iters is {max_iters}; "
                    "raise --max_iters to go on")
     else:
-        print_once(f"done in {format_seconds(seconds)} of training, at most {peak_memory(device) / 1e9:.2f} GB of "
-                   f"memory, lowest validation loss {best_val_loss:.4f}; next: python sample.py{where}")
+        memory = f"at most {peak_memory(device) / 1e9:.2f} GB of memory, " if peak_memory(device) else ""
+        print_once(f"done in {format_seconds(seconds)} of training, {memory}lowest validation loss {best_val_loss:.4f}"
+                   f"; next: python sample.py{where}")
     distributed.finish(128 + stop if stop else 0)
