@@ -12,7 +12,7 @@ Both change the model in place and return it: a layer gets a subclass that compu
     nn.Linear on a CPU      FastLinear        oneDNN multiplies float32 faster than MKL, but has no gradient  GAIN4
                             PackedLinear      its weight lies in the order in which oneDNN reads it           GAIN5
     nn.Linear               Int8Linear        a weight takes one byte instead of four                         GAIN6
-    lm_head on CUDA         PaddedLinear      a GPU's fast kernels want multiples of 64 outputs               not measured
+    lm_head on CUDA         PaddedLinear      a GPU's fast kernels want multiples of 64 outputs             unmeasured
     decode_one_token        compiled          one loop reads each weight once, whatever its dtype             GAIN7
 
     python fast.py   # measures the gains on this machine; those above are from NAME
@@ -150,8 +150,8 @@ class PackedLinear(FastLinear):
 
 
 class PaddedLinear(nn.Linear):
-    """A linear layer that computes with a weight padded by zeros to a multiple of 64 rows, and leaves these outputs out.
-    A GPU's fast kernels want such multiples, and GPT-2's vocabulary, 50257, is odd. The parameter stays as it is."""
+    """A linear layer that computes with its weight padded by zeros to a multiple of 64 rows, and drops what is extra. A
+    GPU's fast kernels want such multiples, and GPT-2's vocabulary, 50257, is odd. The parameter stays as it is."""
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
@@ -189,7 +189,7 @@ class StaticCache(KVCache):
         self.mark()
 
     def mark(self):
-        """Tells the compiler that these tensors stay where they are. Else it gives up CUDA graphs, since they change."""
+        """Tells the compiler that these tensors stay where they are, or else it gives up CUDA graphs: they change."""
         for tensor in (*self.k, *self.v, self.length):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
@@ -310,11 +310,13 @@ def computes_the_same(layer, fast, block_size):
 
 
 def replace(model, plain, fast):
-    """Replaces the layers of exactly the class `plain`, if one of them computes the same as its replacement. (Dropout
-    is random, so tests compare its shares and sums instead.)"""
+    """Replaces the layers of exactly the class `plain`, if they compute the same as their replacements. Each attention
+    is compared, since someone may give every layer another one; of PyTorch's own layers, one is enough. (Dropout is
+    random, so tests compare its shares and sums instead.)"""
     layers = [module for module in model.modules() if type(module) is plain]
-    if not layers or (fast is not FastDropout and not computes_the_same(layers[0], fast, model.config.block_size)):
-        return stay_plain(plain, fast) if layers else None
+    compared = [] if fast is FastDropout else layers if plain is CausalSelfAttention else layers[:1]
+    if not all(computes_the_same(layer, fast, model.config.block_size) for layer in compared):
+        return stay_plain(plain, fast)
     for layer in layers:
         become(layer, fast)
 
