@@ -23,6 +23,7 @@ from fast import (
     FusedAttention,
     Int8Linear,
     PackedLinear,
+    PaddedLinear,
     StaticCache,
     for_inference,
     for_training,
@@ -33,16 +34,16 @@ from test_generate import random_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # from torch.compile itself
 DTYPES = torch.float64, torch.float32, torch.bfloat16
-PREPARATIONS = [(dtype, compile) for compile in (False, True) for dtype in ("float32", "bfloat16", "int8")]
+PREPARATIONS = [(dtype, compile) for compile in (False, True) for dtype in ("float32", "bfloat16", "float16", "int8")]
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 
 
 def assert_as_exact(fast, plain, exact, what=""):
-    """Both results of one computation are roundings of `exact`, which is in float64: in bfloat16 the fast one must be
+    """Both results of one computation are roundings of `exact`, which is in float64. In 16 bits the fast one must be
     about as near to it as the plain one, in longer types within a fixed distance."""
     size = max(1.0, exact.abs().max().item())
     error = (fast.double() - exact).abs().max().item()
-    if fast.dtype == torch.bfloat16:
+    if fast.dtype in (torch.bfloat16, torch.float16):
         allowed = 2 * (plain.double() - exact).abs().max().item() + torch.finfo(fast.dtype).eps * size
     else:
         allowed = {torch.float32: 1e-5, torch.float64: 1e-12}[fast.dtype] * size
@@ -160,19 +161,41 @@ def check_linear(cls, dtype, out, rows, bias):
 def test_linear_layers(out, rows, bias):
     for dtype in DTYPES:
         check_linear(FastLinear, dtype, out, rows, bias)
+        if not bias:  # it is for the head, which has none
+            check_linear(PaddedLinear, dtype, out, rows, bias)
     check_linear(PackedLinear, torch.float32, out, rows, bias)
 
 
+@pytest.mark.parametrize("cls", [FastLinear, PaddedLinear])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_layers_gradients(dtype):
+def test_linear_layers_gradients(cls, dtype):
     torch.manual_seed(0)
-    plain, x = nn.Linear(24, 50).to(dtype), torch.randn(2, 7, 24).to(dtype)
-    results = []
-    for layer in (plain, fast.twin(copy.deepcopy(plain), FastLinear)):
-        z = x.clone().requires_grad_()
-        layer(z).square().sum().backward()
-        results.append([z.grad, layer.weight.grad, layer.bias.grad])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    plain, x = nn.Linear(24, 50, bias=cls is FastLinear).to(dtype), torch.randn(2, 7, 24).to(dtype)
+
+    def gradients(layer, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    exact = gradients(copy.deepcopy(plain).double(), x.double())
+    for f, p, e in zip(gradients(fast.twin(plain, cls), x), gradients(plain, x), exact, strict=True):
+        assert_as_exact(f, p, e)
+
+
+def test_the_padded_head():
+    """It is for CUDA, but can be had anywhere."""
+    model, x = random_model(0, tied=True), torch.randint(37, (2, 9))
+    exact, state = copy.deepcopy(model).double()(x)[0], model.state_dict()
+    fast.replace_head(model)
+    assert type(model.lm_head) is PaddedLinear and model.lm_head.weight is model.wte.weight
+    assert model(x)[0].shape == (2, 9, 37) and list(model.state_dict()) == list(state)
+    assert_as_exact(model(x)[0], None, exact)
+    for_inference(model)
+    assert type(model.lm_head) is PackedLinear
+    assert_as_exact(model(x)[0], None, exact)
+    for head in (nn.Linear(15, 128, bias=False), nn.Linear(15, 37)):  # needs no padding, or has a bias
+        other = random_model(0)
+        other.lm_head = head
+        fast.replace_head(other)
+        assert type(other.lm_head) is nn.Linear
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
@@ -366,8 +389,8 @@ def reference(model, dtype):
         for layer in (m for m in plain.modules() if isinstance(m, nn.Linear)):
             step = layer.weight.detach().abs().amax(1, keepdim=True) / 127
             layer.weight = nn.Parameter((layer.weight / step).round() * step)
-    elif dtype == "bfloat16":
-        plain.bfloat16()
+    else:
+        plain.to(getattr(torch, dtype))
     return copy.deepcopy(plain).double(), plain
 
 
@@ -392,11 +415,12 @@ def check_inference(dtype, compile, **changes):
     for rows in (slice(0, 1), slice(0, 2)):
         decoded = logits_along(prepared, idx[rows], 3)
         assert_as_exact(decoded, plain[rows, 2:], exact[rows, 2:], "decoded")
-    assert_follows(exact_model, prepared.generate(idx[:1, :3], 20, temperature=0), 3,
-                   0.1 if dtype == "bfloat16" else 1e-4)
-    assert_follows(exact_model, prepared.generate(idx[:1, :3], 5, temperature=0, num_samples=2), 3,
-                   0.1 if dtype == "bfloat16" else 1e-4)
-    if dtype != "bfloat16":  # where rounding may decide between two tokens
+    tolerance = 0.1 if plain.dtype != torch.float32 else 1e-4
+    assert_follows(exact_model, prepared.generate(idx[:1, :3], 20, temperature=0), 3, tolerance)
+    assert_follows(exact_model, prepared.generate(idx[:1, :3], 5, temperature=0, num_samples=2), 3, tolerance)
+    long_prompt = torch.cat((idx, idx), 1)[:1, :13]
+    assert_follows(exact_model, prepared.generate(long_prompt, 6, temperature=0), 13, tolerance)
+    if plain.dtype == torch.float32:  # in 16 bits, rounding may decide between two tokens
         text = plain_model.generate(idx[:, :3], 20, temperature=0)
         assert torch.equal(prepared.generate(idx[:, :3], 20, temperature=0), text)
         assert torch.equal(prepared.generate(idx[:, :3], 20, temperature=0, use_cache=False), text)
@@ -408,7 +432,7 @@ def assert_follows(model, ids, prompt, tolerance):
     """Each token of ids (B, T) after the prompt is the likeliest, or nearly so, by a full forward pass over the window
     that generation sees."""
     block_size = model.config.block_size
-    window = ids[:, :prompt]
+    window = ids[:, max(0, prompt - block_size):prompt]
     for t in range(prompt, ids.size(1)):
         logits = model(window)[0][:, -1]
         chosen = logits.gather(1, ids[:, t:t + 1])[:, 0]
@@ -422,7 +446,7 @@ def test_inference(dynamo_only, dtype, compile):
     check_inference(dtype, compile)
 
 
-@pytest.mark.parametrize("dtype, compile", [*PREPARATIONS[:3], ("float32", True)])
+@pytest.mark.parametrize("dtype, compile", [*PREPARATIONS[:4], ("float32", True)])
 def test_inference_without_biases_and_tied(dynamo_only, dtype, compile):
     check_inference(dtype, compile, tied=True, bias=False, n_layer=2)
 
@@ -461,7 +485,7 @@ def test_preparing_twice():
         with pytest.raises(RuntimeError, match="prepared for inference already"):
             prepare(model)
     assert torch.equal(model(idx)[0], expected)
-    with pytest.raises(ValueError, match="float32, bfloat16 or int8, got 'int4'"):
+    with pytest.raises(ValueError, match="float16 or int8, got 'int4'"):
         for_inference(random_model(0), "int4")
 
 
@@ -669,6 +693,26 @@ def test_another_attention_in_the_model_stays(monkeypatch, capsys, prepare):
     prepare(model)
     assert CausalSelfAttention in classes(model)
     assert_as_exact(model(idx)[0], plain, exact)
+    assert capsys.readouterr().err.count("fast.py: CausalSelfAttention computes something else") == 1
+
+
+@pytest.mark.parametrize("prepare", [for_training, for_inference, functools.partial(for_inference, compile=True)])
+def test_an_attention_that_differs_from_layer_to_layer_stays(monkeypatch, capsys, prepare):
+    """For example full attention in one layer, and in the next a window of the last 3 positions."""
+    def attend(self, q, k, v, positions):
+        if getattr(self, "window", None) is None:
+            return right(self, q, k, v, positions)
+        scores = q / math.sqrt(q.size(-1)) @ k.mT + model_module.causal_mask(positions, k.size(-2), q.dtype)
+        too_far = positions[:, None] - torch.arange(k.size(-2)) >= self.window
+        return scores.masked_fill(too_far, -math.inf).softmax(-1) @ v
+    model, idx = random_model(0), torch.randint(37, (1, 9))
+    unedited, right = model(idx)[0], CausalSelfAttention.attend
+    monkeypatch.setattr(CausalSelfAttention, "attend", attend)
+    model.h[1].attn.window = 3
+    exact = copy.deepcopy(model).double()(idx)[0]
+    assert (exact - unedited).abs().max() > 0.1
+    prepare(model)
+    assert_as_exact(model(idx)[0], None, exact)
     assert capsys.readouterr().err.count("fast.py: CausalSelfAttention computes something else") == 1
 
 
