@@ -17,8 +17,8 @@ seed = 1337                        # every random choice of the run follows from
 # data
 dataset = "shakespeare_char"       # a folder in data/, made by prepare.py
 prepare = ""                       # what prepare.py gets if the folder is not there yet, as in "--val_fraction=0.01"
-batch_size = 12                    # sequences in one forward and backward pass
-gradient_accumulation_steps = 1    # passes in one optimizer step, which so sees this many times batch_size sequences
+batch_size = 12                    # sequences in a micro-step: one forward and backward pass
+gradient_accumulation_steps = 1    # micro-steps in an optimizer step
 block_size = 64                    # tokens in a sequence
 # model
 n_layer = 6                        # blocks

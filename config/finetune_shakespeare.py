@@ -1,5 +1,5 @@
-# GPT-2 124M, finetuned on tiny Shakespeare in byte-pair encoding. AdamW with a small constant rate, since the weights
-# are good already and the text is short: one pass is about ten steps.
+# GPT-2 124M, finetuned on tiny Shakespeare in byte-pair encoding. The weights are good already and the text is short
+# (an epoch is about ten steps), so AdamW gets a small constant rate.
 init_from = "gpt2"
 dataset = "shakespeare"
 batch_size = 1
