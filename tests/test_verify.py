@@ -227,6 +227,12 @@ def test_verify_gradients_and_its_picture(project):
     assert "Pre-LN, 3 layers" in (project.folder / "g.svg").read_text()
 
 
+def test_verify_gradients_needs_no_fast_layers(project):
+    (project.folder / "fast.py").unlink()
+    printed = project.run("verify_gradients.py", "--steps=1", "--depths=2")
+    assert "fast.py" not in printed and printed.endswith("gradient flow: ok; finite differences: ok\n")
+
+
 @pytest.fixture
 def verify_gradients(monkeypatch):
     module = importlib.import_module("verify_gradients")
