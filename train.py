@@ -222,7 +222,7 @@ if distributed.is_distributed and strategy == "ddp":
 iter_num, best_val_loss, bad_evals, seconds = 0, None, 0, 0.0  # the steps done, and what else a run keeps
 if checkpoint:
     set_state(raw_model, [o for o, _ in optimizers], checkpoint)
-    scaler.load_state_dict(checkpoint["scaler"])
+    scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} if the run was not in float16 so far
     iter_num, best_val_loss, bad_evals, seconds = (checkpoint[k] for k in
                                                    ("iter_num", "best_val_loss", "bad_evals", "seconds"))
 
