@@ -151,6 +151,10 @@ def set_state(model, optimizers, checkpoint):
     for optimizer, groups in zip(optimizers, settings, strict=True):
         for group, kept in zip(optimizer.param_groups, groups, strict=True):
             group.update(kept)
+            for p in group["params"]:  # a fused optimizer counts steps on p's device, another one on the CPU
+                state = optimizer.state.get(p, {})
+                if "step" in state:
+                    state["step"] = state["step"].to(p.device if group.get("fused") else "cpu")
 
 
 def first_line(e):
@@ -375,6 +379,8 @@ def save_pretrained(model, tokenizer, folder):
 def to_gpt2(model):
     """The tensors of a GPT under Hugging Face's names and in its layout. UserError if GPT-2, computed from them, gives
     other logits than the model."""
+    if getattr(model, "prepared_as", None):
+        raise UserError("the model was prepared for inference by fast.py; export it as load_model gives it")
     tensors = {}
     for name, t in model.state_dict().items():
         t = t.detach().cpu()
