@@ -247,8 +247,8 @@ class Prepared:
         """The plain cache, or for compiled decoding a StaticCache of few different sizes: each is compiled for."""
         if not self.prepared_as[1]:
             return super().new_cache(batch_size, length)
-        length = self.config.block_size if length is None else 2 ** (length - 1).bit_length()
-        length = min(self.config.block_size, length)
+        if length is not None and 0 < length <= self.config.block_size:
+            length = min(self.config.block_size, 2 ** (length - 1).bit_length())
         return StaticCache(self.config, batch_size, length, self.wte.weight.device, self.wte.weight.dtype)
 
     def decode_one_token(self, token, cache):

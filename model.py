@@ -1,25 +1,26 @@
 """A GPT: a decoder-only transformer with GPT-2's architecture, complete in this file. Read it from top to bottom.
 
     model = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128))
-    logits, loss = model(idx, targets)                         # training
+    logits, loss = model(idx, targets)                         # training: targets[:, t] is the token after idx[:, t]
     ids = model.generate(idx, max_new_tokens=100, top_k=50)    # generation, with a key-value cache
 
-The model reads token ids and returns logits: at each position, one score for every token that could come next. A
-position sees itself and the positions before it, never those after. The architecture is that of Radford et al. 2019,
-"Language Models are Unsupervised Multitask Learners".
+Text is cut into tokens (characters, or pieces of words), and each has an id. The model reads ids and returns logits: at
+each position, one score for every token that could come next. A position sees itself and the positions before it, never
+those after ("decoder-only"). See Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 Shapes in comments:
     B   batch, the number of sequences
     T   time, the number of positions in a sequence
-    C   n_embd, the number of features of a position
+    C   n_embd, the number of features (the numbers that describe one position)
     nh  n_head, the number of heads
     hs  head size, C / nh
-    V   vocab_size, the number of different tokens
+    V   vocab_size, the number of distinct tokens
     S   the number of positions that have keys and values: T, or more with a cache
 """
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -28,13 +29,13 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. ValueError if a value is out of range."""
+    """The size of a model. Raises ValueError if a value is out of range."""
     block_size: int = 1024     # the longest sequence that the model can read, in tokens
-    vocab_size: int = 50257
-    n_layer: int = 6           # the number of blocks
+    vocab_size: int = 50257    # the number of distinct tokens, here GPT-2's
+    n_layer: int = 6           # the number of blocks, one after the other
     n_head: int = 6            # the number of attention heads in a block
-    n_embd: int = 384          # the width of the residual stream
-    dropout: float = 0.0       # the share of activations that training sets to zero
+    n_embd: int = 384          # the number of features that describe one position
+    dropout: float = 0.0       # the fraction of activations set to zero at random during training, against overfitting
     bias: bool = True          # biases in linear layers and layer norms: GPT-2 has them, small models need none
 
     def __post_init__(self):
@@ -50,8 +51,8 @@ class GPTConfig:
 
 # --- attention: how a position gathers information from the positions before it ---
 def causal_mask(positions, S, dtype):
-    """positions (T,) of the queries -> (T, S), to be added to the scores: 0 for keys at the query's own position and
-    before it, -inf for keys at later positions."""
+    """positions (T,) of the queries -> (T, S), added to the scores: 0 for a key at the query's position or before it,
+    -inf for a later key."""
     later = torch.arange(S, device=positions.device) > positions[:, None]  # (T, S)
     return torch.zeros(later.shape, dtype=dtype, device=positions.device).masked_fill(later, float("-inf"))
 
@@ -60,14 +61,14 @@ def attention(q, k, v, positions, dropout=None):
     """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) with a causal mask.
     q (B, nh, T, hs), k and v (B, nh, S, hs) -> output (B, nh, T, hs), weights (B, nh, T, S).
 
-    A query says what its position looks for, a key what its position offers. Their dot product is the score: how well
-    the two match. The softmax turns the scores of one query into weights, and the output is the weighted average of
-    the values, which hold what the positions have to say."""
-    # A dot product of hs numbers with variance 1 has variance hs. Dividing by sqrt(hs) brings the variance back to 1.
-    # Without it the softmax of a large head puts all weight on one position and passes hardly any gradient.
-    scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, nh, T, hs) @ (B, nh, hs, S) -> (B, nh, T, S)
+    A query is a vector that says what a position is looking for, a key says what a position offers, and a value is what
+    it passes on. The score is the dot product of a query and a key: how well the two match. The softmax turns the
+    scores of one query into weights, and the output is the average of the values with these weights."""
+    # If the features of q and k are independent with mean 0 and variance 1, their dot product has variance hs.
+    # Dividing by sqrt(hs) makes it 1. Otherwise the softmax of large scores saturates: one weight near 1, no gradient.
+    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, nh, T, hs) @ (B, nh, hs, S) -> (B, nh, T, S)
     # -inf before the softmax gives later positions a weight of exactly 0, and the other weights still sum to 1.
-    # Zeros put in after the softmax would leave the later scores in its denominator: the future would leak.
+    # Zeros put in after the softmax would come too late: the future would still count in its denominator, and leak.
     scores = scores + causal_mask(positions, k.size(-2), q.dtype)
     weights = F.softmax(scores, dim=-1)  # (B, nh, T, S), and each row of S weights sums to 1
     y = (weights if dropout is None else dropout(weights)) @ v  # (B, nh, T, S) @ (B, nh, S, hs) -> (B, nh, T, hs)
@@ -75,9 +76,9 @@ def attention(q, k, v, positions, dropout=None):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention: nh attentions side by side, each in hs features of its own, so that one head can look for
-    the letter before while another looks for the start of the line. Queries, keys and values are three linear maps
-    of the same input, hence self-attention."""
+    """Multi-head attention: nh heads work in parallel, each with queries, keys and values of hs features, computed from
+    all C. One head can look for the previous letter while another looks for the start of the line. Queries, keys and
+    values are linear maps of the same input: this is what makes it self-attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -88,33 +89,33 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, positions=None, cache=None, layer=0):
-        """x (B, T, C) -> (B, T, C). positions (T,): where x stands in the sequence, by default from 0 on. With a cache,
+        """x (B, T, C) -> (B, T, C). positions (T,): where x is in the sequence, starting at 0 by default. With a cache,
         x also attends to the earlier positions of this layer that the cache holds."""
         B, T, C = x.shape
         if positions is None:
             positions = torch.arange(T, device=x.device)
         q, k, v = self.c_attn(x).split(C, dim=2)                 # (B, T, 3C) -> three times (B, T, C)
         q, k, v = (z.view(B, T, self.n_head, C // self.n_head)   # (B, T, nh, hs): hs features for each head
-                   .transpose(1, 2) for z in (q, k, v))          # (B, nh, T, hs): heads beside the batch, so that @
-        if cache is not None:                                    #     works on each head alone
+                   .transpose(1, 2) for z in (q, k, v))          # (B, nh, T, hs): now @ works on each head separately
+        if cache is not None:
             k, v = cache.append(layer, k, v)                     # (B, nh, S, hs): those of all positions so far
         y = self.attend(q, k, v, positions)                      # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)                   # (B, T, nh, hs) -> (B, T, C): heads side by side
         return self.resid_dropout(self.c_proj(y))                # (B, T, C)
 
     def attend(self, q, k, v, positions):
-        """The output of `attention`. A method of its own because fast.py replaces it by PyTorch's fused kernel."""
+        """Returns the output of `attention`. Separate, so that fast.py can swap in PyTorch's fused kernel."""
         return attention(q, k, v, positions, self.attn_dropout)[0]
 
 
-# --- the block: attention, where positions exchange information, and an MLP, where each works on what it has ---
+# --- the block: attention lets positions exchange information, then an MLP processes it at each position ---
 class MLP(nn.Module):
-    """The feed-forward network: works on each position by itself, and is four times as wide inside."""
+    """The feed-forward network: two linear layers with a nonlinearity between, the same for every position."""
 
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(approximate="tanh")  # the form that GPT-2's weights were trained with
+        self.gelu = nn.GELU(approximate="tanh")  # a smooth ReLU, in the form that GPT-2 uses
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -125,15 +126,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. x is the residual stream: C features a position, which run through the whole model. Attention and MLP
-    each read a normalised copy of the stream and add their result to it, so a layer can build on what all layers
-    before it have written. LayerNorm gives each position's features mean 0 and variance 1, then scales and shifts
-    them by learned numbers, so that a layer sees inputs of the same size however much the stream has grown.
+    """One layer. x is the residual stream: C features for each position that run through the whole model. Attention and
+    MLP each read a normalised copy of the stream and add their output to it, so every layer can build on what earlier
+    layers wrote. LayerNorm gives each position's features mean 0 and variance 1, then applies a learned scale and
+    shift, so a layer sees inputs of the same magnitude however large the stream has grown.
 
-    This order is Pre-LN. The stream itself is never normalised, so gradients pass from the loss to every block
-    unchanged, at any depth (verify_gradients.py shows it). In the Post-LN of 2017, norm(x + f(x)), each layer rescales
-    the stream, and deep models train only with a careful warmup (Xiong et al. 2020, "On Layer Normalization in the
-    Transformer Architecture"). For the same reason dropout acts on what is added, never on the stream."""
+    This order is called Pre-LN. The stream itself is never normalised between blocks, so gradients have a direct path
+    from the loss to every block, at any depth (verify_gradients.py shows it). The original transformer (2017) used
+    Post-LN, norm(x + f(x)): every layer rescales the stream, and deep models train only with a careful warmup of the
+    learning rate (Xiong et al. 2020). Dropout, too, acts on what a block adds, not on the stream itself."""
 
     def __init__(self, config):
         super().__init__()
@@ -149,14 +150,14 @@ class Block(nn.Module):
         return x
 
 
-# --- the key-value cache: generation without computing the past anew for every token ---
+# --- the key-value cache: generation without recomputing the past for every token ---
 class KVCache:
     """The keys and values of all positions so far, for every layer. A new token then costs the work of one position:
-    its query meets the keys in the cache. Queries are not kept, since only their own position uses them.
+    its query is compared with the cached keys. Past queries are not kept, since nothing uses them again.
 
-    The cache holds 2 * n_layer * B * capacity * n_embd numbers. It cannot slide: every key and value in it was
-    computed from wte[token] + wpe[position], so when it is full, a token cannot move to another position without
-    computing everything anew."""
+    The cache holds 2 * n_layer * B * capacity * n_embd numbers: 75 MB per sequence for GPT-2 small in float32.
+    It cannot slide, that is, drop its oldest token to make room for a new one: all other tokens would move up by one
+    position, and every key and value depends on wte[token] + wpe[position]. All would have to be recomputed."""
 
     def __init__(self, config, batch_size, length=None, device=None, dtype=None):
         """length: the capacity in positions, by default block_size. ValueError if it exceeds block_size."""
@@ -180,8 +181,8 @@ class KVCache:
         return torch.arange(self.length, self.length + T, device=self.k[0].device)
 
     def append(self, layer, k, v):
-        """Stores the keys and values (B, nh, T, hs) of T new positions. Returns those of all positions so far,
-        (B, nh, S, hs). `length` moves on when every layer has stored its own: see GPT.forward."""
+        """Stores the keys and values (B, nh, T, hs) of T new positions and returns those of all positions so far,
+        (B, nh, S, hs). GPT.forward advances `length` once every layer has stored its own."""
         end = self.length + k.size(2)
         self.k[layer][:, :, self.length:end] = k
         self.v[layer][:, :, self.length:end] = v
@@ -200,37 +201,37 @@ class KVCache:
 
 # --- the model ---
 class GPT(nn.Module):
-    """Embeddings, n_layer blocks, a final norm, and a head that turns the stream into logits."""
+    """Embeddings, n_layer blocks, a final norm, and an output layer (lm_head) that turns the stream into logits."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # one vector for each token: what it is
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # one for each position: where it stands
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # token embedding: a learned vector for each token
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embedding: one for each position
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # The head scores a token by the dot product of the stream with the token's vector. That is the vector with
-        # which the token enters, so both matrices are one (Press & Wolf 2017): fewer parameters, and each trains both.
+        # lm_head scores a token by the dot product of the stream with a vector for that token. wte has such a vector
+        # already, so the two share one matrix (Press & Wolf 2017): fewer parameters, trained by both uses.
         self.lm_head.weight = self.wte.weight
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=0.02)  # as in GPT-2
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, Block):  # comes after the block's own layers, so this overrides the above
-            # 2 * n_layer projections add to the stream. With this factor its variance does not grow with depth.
+        if isinstance(module, Block):  # apply() visits a block after its layers, so this overrides the lines above
+            # 2 * n_layer projections add to the stream. Dividing by sqrt(2 * n_layer) keeps their sum from growing.
             for projection in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def forward(self, idx, targets=None, cache=None, last_only=False):
-        """idx (B, T) -> logits (B, T, V), or (B, 1, V) of the last position with last_only, and the loss: the mean
-        cross-entropy in nats over the targets (B, T) that are not -1; None without targets. With a cache, idx
-        continues the sequence in the cache. ValueError if the sequence is empty or too long. An untrained model gives
-        all tokens nearly equal logits, so its loss is about ln(V): 4.2 for 65 characters, 10.8 for GPT-2's tokens."""
+        """idx (B, T) -> logits (B, T, V), or (B, 1, V) for the last position with last_only, and the loss: the mean
+        cross-entropy over the targets (B, T), skipping -1. Without targets it is None. With a cache, idx continues the
+        cached sequence. Raises ValueError if the sequence is empty or too long. An untrained model gives every token
+        about the probability 1 / V, so its loss is about ln(V): 4.2 for 65 characters, 10.8 for GPT-2's tokens."""
         if idx.dim() != 2 or idx.size(1) == 0:
             raise ValueError(f"expected ids of shape (B, T) with T at least 1, got {tuple(idx.shape)}")
         T = idx.size(1)
@@ -238,42 +239,42 @@ class GPT(nn.Module):
             raise ValueError(f"a sequence of {T} tokens exceeds block_size {self.config.block_size}")
         positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
 
-        # Attention by itself does not know the order of its inputs. Adding the position's vector makes "a" at
-        # position 3 another input than "a" at position 7. In C dimensions there is room for both in one sum.
+        # Attention alone cannot tell in which order the earlier tokens came. Adding a vector for the position makes "a"
+        # at position 3 a different input from "a" at position 7. C features are enough to tell the two parts apart.
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C) + (T, C) -> (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, positions, cache, layer)           # (B, T, C)
         if cache is not None:
             cache.length += T
         if last_only:
-            x = x[:, -1:]                                   # (B, 1, C): saves the head's work at the other positions
+            x = x[:, -1:]                                   # (B, 1, C): saves lm_head the other positions
         logits = self.lm_head(self.ln_f(x))                 # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits, None
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 16 bits are too few for log-sum-exp
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 16 bits are too imprecise for the loss
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
     def attention_maps(self, idx):
         """idx (B, T) -> the attention weights of all layers and heads, (n_layer, B, nh, T, T), without dropout. Row t
-        says how much position t takes from each position."""
+        says how strongly position t attends to each position."""
         maps = []
 
-        def attend(q, k, v, positions):  # stands in for every layer's own, and keeps the weights
-            y, weights = attention(q, k, v, positions)
-            maps.append(weights)
-            return y
+        def record(attend, q, k, v, positions):  # with unit vectors as values, the output is the weights themselves
+            unit_vectors = torch.eye(k.size(-2), dtype=v.dtype, device=v.device).expand(*k.shape[:2], -1, -1)
+            maps.append(attend(q, k, unit_vectors, positions))
+            return attend(q, k, v, positions)
 
         layers = [module for module in self.modules() if isinstance(module, CausalSelfAttention)]
         was_training = self.training
         self.eval()
         try:
             for layer in layers:
-                layer.attend = attend
+                layer.attend = partial(record, layer.attend)
             self(idx)
         finally:
             for layer in layers:
-                layer.__dict__.pop("attend", None)
+                layer.__dict__.pop("attend", None)  # back to the method of the class
             self.train(was_training)
         return torch.stack(maps)
 
@@ -285,14 +286,14 @@ class GPT(nn.Module):
                 module.p = dropout
 
     def num_parameters(self, embeddings=True):
-        """The number of parameters, with or without those of wte and wpe. The shared matrix counts once."""
+        """The number of parameters, with or without wte (hence lm_head) and wpe. The shared matrix counts once."""
         left_out = [] if embeddings else [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
         return sum(p.numel() for p in self.parameters() if not any(p is q for q in left_out))
 
     def flops_per_token(self, T):
         """Floating-point operations to train on one token of a sequence of T: 6 for each parameter that multiplies (2
-        forward, 4 backward; embeddings only add), and 12 * n_layer * n_embd * T for attention's scores and weighted
-        sums (Chowdhery et al. 2022, PaLM, appendix B)."""
+        forward, 4 backward; looking up an embedding needs none, but lm_head counts), and 12 * n_layer * n_embd * T for
+        attention's scores and weighted sums (Chowdhery et al. 2022, PaLM, appendix B)."""
         layers = [module for module in self.modules() if not isinstance(module, nn.Embedding)]
         n = sum(p.numel() for layer in layers for p in layer.parameters(recurse=False))
         return 6 * n + 12 * self.config.n_layer * self.config.n_embd * T
@@ -304,22 +305,23 @@ class GPT(nn.Module):
         return KVCache(self.config, batch_size, length, self.wte.weight.device, self.wte.weight.dtype)
 
     def prefill(self, idx, cache=None):
-        """Reads a whole prompt (B, T) at once -> logits (B, V) of the next token. Each weight that is read from memory
-        serves T positions, so this phase is compute-bound."""
+        """Reads a whole prompt (B, T) at once -> logits (B, V) of the next token. Each weight read from memory is used
+        for T positions, so arithmetic takes most of the time: prefill is compute-bound."""
         return self(idx, cache=cache, last_only=True)[0][:, -1]
 
     def decode_one_token(self, token, cache):
-        """Reads one more token (B,) -> logits (B, V) of the next. Each weight serves one position: two operations for
-        every number read, so this phase is bound by memory bandwidth. Half the bytes a weight, twice the speed."""
+        """Reads one more token (B,) -> logits (B, V) of the next. Each weight read from memory is used for one position
+        of each sequence, so reading takes most of the time: decoding is bound by memory bandwidth. With bfloat16
+        weights (2 bytes) it is up to twice as fast as with float32 (4 bytes), with 8-bit weights four times."""
         return self(token[:, None], cache=cache, last_only=True)[0][:, -1]
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
                eos_id=None, num_samples=1, use_cache=True, generator=None):
-        """Continues each prompt of idx (B, T) num_samples times and yields the ids of each step, (B * num_samples,),
-        with the samples of a prompt side by side. Stops after max_new_tokens, or when all samples have produced eos_id,
-        which also pads samples that are done. Temperature 0 takes the most likely token. use_cache=False computes the
-        same without a cache, slowly. ValueError for an argument out of range or an id outside the vocabulary."""
+        """Continues each prompt of idx (B, T) num_samples times. Yields the ids of each step, (B * num_samples,), the
+        samples of a prompt side by side. Stops after max_new_tokens, or when all samples have produced eos_id (the end
+        of a text), which also pads samples that are done. Temperature 0 takes the most likely token. use_cache=False
+        gives the same, slowly. Raises ValueError for an argument out of range or an id outside the vocabulary."""
         check_sampling(temperature, top_k, top_p, repetition_penalty)
         if max_new_tokens < 0 or num_samples < 1:
             raise ValueError(f"max_new_tokens ({max_new_tokens}) or num_samples ({num_samples}) is too small")
@@ -350,8 +352,8 @@ class GPT(nn.Module):
                 if idx.size(1) - start <= block_size:
                     logits = self.decode_one_token(token, cache) if use_cache else self.prefill(idx[:, start:])
                 else:
-                    # The context is full and cannot slide (see KVCache), so start again from its newer half. That
-                    # costs one prefill every block_size / 2 tokens.
+                    # The context is full and cannot slide (see KVCache), so forget its older half and read the newer
+                    # half again. That costs one prefill every block_size / 2 tokens.
                     start = idx.size(1) - max(1, block_size // 2)
                     if use_cache:
                         cache.reset()
@@ -380,35 +382,35 @@ def check_sampling(temperature, top_k, top_p, repetition_penalty):
 
 def penalize_repetition(logits, ids, penalty):
     """Makes the tokens that occur in ids (B, T) less likely: divides a positive logit by the penalty and multiplies a
-    negative one, once for each token (Keskar et al. 2019, CTRL, section 4.1)."""
+    negative one, once however often the token occurs (Keskar et al. 2019, CTRL, section 4.1)."""
     seen = logits.gather(1, ids)
     return logits.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
 def scale_temperature(logits, temperature):
-    """Below 1 the likely tokens become more likely, above 1 less."""
+    """A temperature below 1 makes the likely tokens even more likely, one above 1 less."""
     return logits / temperature
 
 
 def keep_top_k(logits, k):
-    """Sets all but the k largest logits to -inf; ties with the k-th stay. One k for all distributions keeps too many
-    tokens where one is nearly certain, and too few where hundreds are equally good."""
+    """Sets all but the k largest logits to -inf; ties with the k-th stay. No k suits every distribution: it keeps too
+    many tokens where one is nearly certain (peaked), and too few where hundreds are equally good (flat)."""
     kth = logits.topk(min(k, logits.size(-1))).values[:, -1:]
     return logits.masked_fill(logits < kth, float("-inf"))
 
 
 def keep_top_p(logits, p):
-    """Sets all logits to -inf but those of the smallest set of tokens whose probabilities reach p: few tokens where the
-    distribution is peaked, many where it is flat (Holtzman et al. 2020, nucleus sampling). At least one stays."""
+    """Keeps the smallest set of tokens whose probabilities add up to at least p and sets all other logits to -inf: few
+    tokens stay where the distribution is peaked, many where it is flat (Holtzman et al. 2020, nucleus sampling)."""
     probs = F.softmax(logits, dim=-1)
-    # Only tokens that can stay are worth sorting. Those of probability below (1 - p) / V hold less than 1 - p together,
-    # so they go in any case, and mostly a few hundred of GPT-2's 50257 are left.
+    # Sort only the tokens that can stay in some row. Those below (1 - p) / V add up to less than 1 - p, so they always
+    # go. Of GPT-2's 50257 tokens, usually a few hundred remain.
     columns = (probs >= (1.0 - p) / logits.size(-1)).any(dim=0).nonzero().squeeze(1)
     order = logits[:, columns].argsort(dim=-1)  # the least likely first
     ascending = probs[:, columns].gather(1, order)
-    below = probs.index_fill(1, columns, 0.0).sum(dim=-1, keepdim=True)  # what the tokens left out hold
-    drop = below + ascending.cumsum(dim=-1) <= 1.0 - p  # as long as all dropped so far hold no more than 1 - p
-    drop[:, -1] = False
+    below = probs.index_fill(1, columns, 0.0).sum(dim=-1, keepdim=True)  # the total probability of the unsorted tokens
+    drop = below + ascending.cumsum(dim=-1) <= 1.0 - p  # drop from the least likely up, while the total is <= 1 - p
+    drop[:, -1] = False  # at least one stays
     kept = logits[:, columns].masked_fill(torch.zeros_like(drop).scatter(1, order, drop), float("-inf"))
     return torch.full_like(logits, float("-inf")).index_copy(1, columns, kept)
 
