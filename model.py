@@ -260,10 +260,10 @@ class GPT(nn.Module):
         says how strongly position t attends to each position."""
         maps = []
 
-        def record(attend, q, k, v, positions):  # with unit vectors as values, the output is the weights themselves
+        def record(attend, q, k, v, *positions):  # with unit vectors as values, the output is the weights themselves
             unit_vectors = torch.eye(k.size(-2), dtype=v.dtype, device=v.device).expand(*k.shape[:2], -1, -1)
-            maps.append(attend(q, k, unit_vectors, positions))
-            return attend(q, k, v, positions)
+            maps.append(attend(q, k, unit_vectors, *positions))
+            return attend(q, k, v, *positions)
 
         layers = [module for module in self.modules() if isinstance(module, CausalSelfAttention)]
         was_training = self.training
