@@ -45,7 +45,7 @@ import time
 
 import torch
 
-from device import peak_memory, synchronize
+from device import matmul_flops, peak_memory, synchronize
 from distributed import finish, is_main_process, print_once, world_size
 
 
@@ -149,17 +149,6 @@ def evaluation_speed():
     return n / (clock() - start)
 
 
-def matmul_flops(dtype):
-    """FLOP/s of this machine's multiplications of large square matrices, the best of ten."""
-    n, times = (2048 if train.device.type == "cpu" else 8192), []
-    a, b = (torch.randn(n, n, device=train.device).to(dtype) for _ in range(2))
-    for _ in range(10):
-        start = clock()
-        a @ b
-        times.append(clock() - start)
-    return 2 * n ** 3 / min(times)
-
-
 for i in range(3):
     timed_step(i)
 memory, formula = measured_memory(), memory_by_formula()
@@ -168,7 +157,7 @@ parts = {part: statistics.median(m[part] for m in measured) for part in measured
 step_seconds = statistics.median(sum(m.values()) for m in measured)
 peak_bytes = peak_memory(train.device)  # before matmul_flops, whose matrices are no part of training
 evaluation = evaluation_speed()
-peaks = {dtype: matmul_flops(getattr(torch, dtype)) for dtype in dict.fromkeys(("float32", train.dtype))}
+peaks = {dtype: matmul_flops(train.device, dtype) for dtype in dict.fromkeys(("float32", train.dtype))}
 tokens = train.sequences * train.block_size // world_size
 flops = tokens * train.raw_model.flops_per_token(train.block_size) / step_seconds
 
@@ -184,16 +173,16 @@ print_once(f"arithmetic: {flops / 1e9:,.0f} GFLOP/s; this machine's matrix multi
 print_once("memory, measured and by formula: " + ", ".join(
     f"{part} {memory[part] / 1e6:,.1f} MB ({formula[part] / 1e6:,.1f})" for part in formula)
     + f", together {sum(memory.values()) / 1e6:,.1f} MB ({sum(formula.values()) / 1e6:,.1f})")
-print_once(f"peak of the {'process, with all of its libraries' if train.device.type == 'cpu' else 'device'}: "
+print_once(f"peak of the {'device' if train.device.type in ('cuda', 'xpu') else 'process, with all of its libraries'}: "
            f"{peak_bytes / 1e6:,.0f} MB")
 if profile:
-    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities, kind = [torch.profiler.ProfilerActivity.CPU], "cpu"
     if train.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        activities, kind = [*activities, torch.profiler.ProfilerActivity.CUDA], "device"
     with torch.profiler.profile(activities=activities) as profiler:
         for i in range(10):
             timed_step(i)
-    table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
+    table = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=25)
     print_once(f"\n10 steps by operator:\n{table}")
 if json and is_main_process():
     record = {"step_seconds": step_seconds, "parts": parts, "tokens": tokens, "flops_per_second": flops,

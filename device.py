@@ -86,12 +86,24 @@ def peak_flops(device, dtype):
         return dict(zip(("float16", "bfloat16", "float32"), peaks, strict=True))[dtype] or None, f"{name}'s data sheet"
     if device.type != "cpu":
         return None, ""
-    a, times = torch.ones(1024, 1024, dtype=getattr(torch, dtype)), []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    return 2 * 1024 ** 3 / min(times), "measured now"
+    return matmul_flops(device, dtype), "measured now"
+
+
+def matmul_flops(device, dtype):
+    """FLOP/s of multiplications of square matrices, the best of five. The matrices grow until one multiplication takes
+    5 ms, or to a size of 8192. A fixed size would take seconds where a dtype is slow, as float16 is on most CPUs."""
+    n = 128
+    while True:
+        n, times = 2 * n, []
+        a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
+        for _ in range(5):
+            synchronize(device)
+            start = time.perf_counter()
+            a @ a
+            synchronize(device)
+            times.append(time.perf_counter() - start)
+        if min(times) > 0.005 or n == 8192:
+            return 2 * n ** 3 / min(times)
 
 
 def peak_memory(device):
