@@ -58,6 +58,7 @@ from fast import for_inference
 from model import GPT, GPTConfig, keep_top_p
 
 device = choose_device(device)
+torch.set_float32_matmul_precision("highest")  # no TF32: its rounding could change which token is the most likely
 MODELS = {"char": GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, bias=False),
           "gpt2": GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)}
 
@@ -135,15 +136,27 @@ def weight_bytes(gpt):
 
 # --- all measurements of one model ---
 
+def can_compile():
+    """Whether there is what compiled decoding needs. Says what is missing; UserError if the settings ask for it."""
+    if device.type == "cuda":
+        found, needs = importlib.util.find_spec("triton") is not None, "compiled decoding needs triton"
+    else:
+        found = any(map(shutil.which, ("g++", "c++", "clang++", "cl")))
+        needs = "compiled decoding needs a C++ compiler (as from apt install g++)"
+    if not found and compile:
+        raise UserError(needs)
+    if not found and compile is None:
+        print(f"{needs}: it is left out")
+    return found
+
+
 def variants(config):
     """Yields (dtype, compiled, use_cache, batch, prompt) for what the settings ask for."""
     long = 512 if config.block_size >= 1024 else 128
     plan = [("float32", False, use_cache, 1, length) for length in (64, long) for use_cache in (True, False)]
     plan += [("float32", False, True, 8, 64)] + [(kind, False, True, 1, 64) for kind in ("bfloat16", "int8")]
-    if shutil.which("g++") or shutil.which("c++") or shutil.which("clang++"):
+    if can_compile():
         plan += [(kind, True, True, 1, 64) for kind in ("float32", "bfloat16", "int8")]
-    elif compile is not False:
-        print("no C++ compiler here (g++, or apt install g++): compiled decoding is left out")
     if prompt is not None or batch is not None:  # another length or batch than those planned: ask for just that
         plan = [(d, c, u, batch or b, prompt or p) for d, c, u, b, p in plan]
     for variant in dict.fromkeys(plan):
