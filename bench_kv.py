@@ -115,9 +115,9 @@ def logits_along(gpt, ids, length):
 
 
 @torch.no_grad()
-def token_time_at(gpt, position, n=10):
-    """Seconds to decode one token with `position` tokens in the cache: the median of n."""
-    cache = gpt.new_cache(1)
+def token_time_at(gpt, position):
+    """Seconds to decode one token with `position` tokens in the cache: the median of 10, or of fewer if it is full."""
+    n, cache = min(10, gpt.config.block_size - position), gpt.new_cache(1)
     gpt.prefill(torch.zeros(1, position, dtype=torch.long, device=device), cache)
     token = torch.zeros(1, dtype=torch.long, device=device)
     return statistics.median(time_of(lambda: gpt.decode_one_token(token, cache)) for _ in range(n))
@@ -237,7 +237,8 @@ def report(config, gpts, plan, results, total, idx):
             print(f"\nfloat32, eager, prompt {length}: {new_tokens} tokens {ratio:.1f} times as fast with the cache, "
                   f"{'the same text' if same else 'BUT THE TEXT DIFFERS'}")
     if eager in gpts:
-        gpt, early, late = gpts[eager], min(50, config.block_size // 4), config.block_size - 24
+        gpt, early = gpts[eager], max(1, min(50, config.block_size // 4))
+        late = max(early, config.block_size - 24)
         times = [[token_time_at(gpt, position) for position in (early, late)] for _ in range(repeats)]
         early_time, late_time = (statistics.median(t) for t in zip(*times, strict=True))
         print(f"time for a token at position {early}: {early_time * 1e3:.1f} ms; at {late}: {late_time * 1e3:.1f} ms "
