@@ -98,6 +98,7 @@ def run_on_main_process(function, *args):
             store.set(key, error)
         store.wait([key], datetime.timedelta(days=30))
         error = store.get(key).decode()
+        all_reduce_sum(0)  # the main process may hold the store, so it must not end before all have read
     if error:
         raise UserError(error)
 
