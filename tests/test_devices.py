@@ -380,7 +380,15 @@ sys.exit(sum(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0 for pid in pi
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_processes_run_out_of_patience_together(other):
     """Without torchrun, the first process holds the store by which they talk."""
-    other.plant("train.py", """finish = distributed.finish
+    other.plant("train.py", """class Slow:
+    def __init__(self, store):
+        self.wait, self.store = store.wait, store
+    def get(self, key):
+        time.sleep(0.3)
+        return self.store.get(key)
+if distributed.rank == 1:
+    distributed.store = Slow(distributed.store)
+finish = distributed.finish
 def finish_and_say(code=0):
     print(f"process {distributed.rank} ends after step {iter_num}", flush=True)
     finish(code)
