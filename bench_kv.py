@@ -180,7 +180,7 @@ def bench(name, gpt, bandwidth):
     runs = {v: lambda v=v: generate(gpts[v[:2]], idx[:v[3], :v[4]], v[2]) for v in plan}
     if peers:
         from transformers import GPT2LMHeadModel
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps files that are mapped
             save_pretrained(gpt, None, folder)
             hf = GPT2LMHeadModel.from_pretrained(folder).to(device).eval()
         for length in dict.fromkeys(p for *_, p in plan):
