@@ -148,8 +148,8 @@ def prepare_dataset():
     """Runs prepare.py, if there is no such dataset yet."""
     if not (data_dir / "meta.json").exists():
         print(f"no dataset in {data_dir}: preparing it", flush=True)
-        script = Path(__file__).resolve().parent / "prepare.py"
-        failed = subprocess.run([sys.executable, script, f"--dataset={dataset}", *shlex.split(prepare)]).returncode
+        words = [f"--dataset={dataset}", *shlex.split(prepare.replace("\\", "\\\\"))]  # Windows' paths have backslashes
+        failed = subprocess.run([sys.executable, data_dir.parents[1] / "prepare.py", *words]).returncode
         if failed:
             distributed.finish(failed)
 
