@@ -142,10 +142,11 @@ def read_text(path):
             start = f.tell() - len(decoder.getstate()[0])
             chunk = f.read(PIECE)
             try:
-                yield decoder.decode(chunk, final=not chunk), f.tell()
+                text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as e:
                 raise UserError(f"{path} is not UTF-8: byte 0x{e.object[e.start]:02x} at offset {start + e.start}; "
                                 "convert it first, for example with iconv") from None
+            yield text.removeprefix("\ufeff") if start == 0 else text, f.tell()  # the mark that Windows' editors put
             if not chunk:
                 return
 

@@ -84,7 +84,7 @@ def read_prompt(tok):
     prompt = start
     if start.startswith("FILE:"):
         try:
-            prompt = Path(start[5:]).read_text(encoding="utf-8")
+            prompt = Path(start[5:]).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as e:
             raise UserError(f"{start[5:]} is not UTF-8 at byte {e.start}; convert it first, for example with iconv"
                             ) from None
