@@ -55,11 +55,14 @@ def choose_dtype(device, name=None, training=True):
 
 
 def can_compile(device):
-    """Whether to compile the model unless told otherwise: on CUDA, if the compiler, triton, is installed."""
+    """Whether to compile the model unless told otherwise: on CUDA, if the compiler, triton, is installed and supports
+    the GPU, which must be of 2017 or later (Volta)."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0):
+        return False
     found = importlib.util.find_spec("triton") is not None
-    if device.type == "cuda" and not found and os.environ.get("RANK", "0") == "0":
+    if not found and os.environ.get("RANK", "0") == "0":
         print("triton is not installed: running without torch.compile, which is slower", flush=True)
-    return device.type == "cuda" and found
+    return found
 
 
 def synchronize(device):

@@ -153,6 +153,15 @@ importlib.util.find_spec = lambda name, *rest: name == "triton" or found(name, *
     assert ("PaddedLinear" in layers) == (", compiled;" in printed) == (device == "A100")
 
 
+def test_an_old_gpu(other):
+    """Too old for the compiler, and for bfloat16."""
+    other.plant("device.py", """found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: name == "triton" or found(name, *rest)""")
+    printed = other.on("A100", "train.py", *SMALL, "--eval_only", EMULATED_GPU="NVIDIA GeForce GTX 1080",
+                       EMULATED_CAPABILITY="6.1")
+    assert " on cuda:0 in float16; " in printed
+
+
 def test_gpt2s_recipe_and_finetuning(machine):
     """config/train_gpt2.py with a small model and a text of 2,000 byte pairs; its export is then finetuned."""
     (machine.folder / "data" / "openwebtext").mkdir()
