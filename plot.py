@@ -25,6 +25,7 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator
 import csv
 import io
 import json as json_format
+import textwrap
 from pathlib import Path
 
 from files import UserError, write_atomically
@@ -205,13 +206,16 @@ def plot_kv():
 
 def plot_train():
     """The parts of a training step, one bar for each record."""
-    fig, ax = plt.subplots(figsize=(9, 1.2 + 0.6 * len(data)), layout="constrained")
-    labels = [f"{' '.join(r['arguments']) or 'default settings'}\n{r['dtype']} on {r['device']}" for r in data]
-    left = np.zeros(len(data))
+    labels = [textwrap.fill(" ".join(r["arguments"]) or "default settings", 50) + f"\n{r['dtype']} on {r['device']}"
+              for r in data]
+    height = 1.2 + sum(0.2 + 0.2 * len(label.splitlines()) for label in labels)
+    fig, ax = plt.subplots(figsize=(9, height), layout="constrained")
+    places, left = np.arange(len(data)), np.zeros(len(data))
     for part in dict.fromkeys(part for r in data for part in r["parts"]):
         widths = np.array([r["parts"].get(part, 0.0) for r in data]) * 1e3
-        ax.barh(labels, widths, left=left, label=part)
+        ax.barh(places, widths, left=left, label=part)
         left += widths
+    ax.set_yticks(places, labels)
     ax.invert_yaxis()
     ax.set_xlabel("milliseconds per step")
     ax.legend()
