@@ -10,8 +10,8 @@
 #     python prepare.py --dataset=fineweb --input="fineweb/sample/10BT/*.parquet" --tokenizer=gpt2 --val_fraction=0.0005
 #     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py --dataset=fineweb
 #
-# What to expect on OpenWebText: nanoGPT's README reports about 4 days on eight A100 40GB, and a validation loss of about
-# 2.85. Those are its figures, measured with its code. Nobody has run this file to its end yet.
+# What to expect on OpenWebText: nanoGPT's README reports about 4 days on eight A100 40GB, and a validation loss of
+# about 2.85. Those are its figures, measured with its code. Nobody has run this file to its end yet.
 dataset = "openwebtext"
 prepare = "--val_fraction=0.0005"
 n_layer, n_head, n_embd, block_size = 12, 12, 768, 1024
