@@ -288,6 +288,7 @@ def load_pretrained(name_or_folder, block_size=None):
 
 
 def download_repository(name):
+    """The name of a repository on Hugging Face -> a folder with its files. UserError if it cannot be had."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -338,6 +339,7 @@ def read_tensors(folder, name):
 
 
 def pretrained_tokenizer(folder, is_name, vocab_size):
+    """The tokenizer of a pretrained model, if it is GPT-2's, else None."""
     if vocab_size != 50257:
         return None
     if (folder / "vocab.json").is_file():
