@@ -35,8 +35,8 @@ FORMAT_VERSION = 2
 
 def save_checkpoint(path, checkpoint):
     """Writes a dict of tensors and plain values to `path`. The file appears whole or not at all: it is written under
-    another name, synced to the disk, then renamed. UserError if a tensor is not finite, OSError if the file cannot be
-    written; the earlier file stays."""
+    another name, synced to the disk, then renamed. UserError if a tensor is not finite or the file cannot be written.
+    The previous file then stays as it was."""
     check_finite(checkpoint)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,8 +101,8 @@ def upgrade(checkpoint):
 
 
 def model_config(fields, path):
-    """A checkpoint's `model_config` -> GPTConfig. A field that was added since has its default. UserError for a field
-    that model.py does not know or a value out of range."""
+    """A checkpoint's `model_config` -> GPTConfig. Fields newer than the checkpoint get their defaults. UserError for a
+    field that model.py does not know or a value out of range."""
     unknown = fields.keys() - {field.name for field in dataclasses.fields(GPTConfig)}
     if unknown:
         raise UserError(f"{path} has the model setting {min(unknown)!r}, which model.py does not know")
@@ -124,8 +124,8 @@ def load_weights(model, state, path):
 
 
 def load_model(out_dir):
-    """A run's folder -> model (in eval mode, on the CPU), tokenizer, checkpoint: of best.pt, else latest.pt. UserError
-    if there is neither, or if it cannot be read."""
+    """A run's folder -> model (in eval mode, on the CPU), tokenizer, checkpoint, from best.pt if it exists, otherwise
+    from latest.pt. UserError if there is neither, or if it cannot be read."""
     path = next((p for p in (Path(out_dir, "best.pt"), Path(out_dir, "latest.pt")) if p.is_file()), None)
     if path is None:
         raise UserError(f"no checkpoint in {out_dir}: train one first, "
@@ -137,14 +137,14 @@ def load_model(out_dir):
 
 
 def get_state(model, optimizers):
-    """The states of the model and the optimizers, whole and on the CPU, whether one process has them or many have
-    parts (then all must call this)."""
+    """The states of the model and the optimizers, on the CPU. Under FSDP this collects the parts, so every process must
+    call it."""
     return get_state_dict(model, optimizers, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def set_state(model, optimizers, checkpoint):
-    """The reverse. The checkpoint gives the weights and the optimizers' moments; rates, decay and the like stay as the
-    settings have them."""
+    """Restores what get_state returned: the weights and the optimizers' averages. Learning rates and weight decay keep
+    their current values."""
     settings = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
     set_state_dict(model, optimizers, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"],
                    options=StateDictOptions(full_state_dict=True))
@@ -199,7 +199,7 @@ class Log:
                 with open(self.path, newline="", encoding="utf-8") as f:
                     rows = [row for row in csv.DictReader(f, strict=True) if int(row["iter"]) <= iter_num]
                 if any(row.keys() != set(self.COLUMNS) for row in rows):
-                    raise ValueError("its columns are others")
+                    raise ValueError("it has other columns")
             except (ValueError, KeyError, TypeError, csv.Error) as e:
                 raise UserError(f"{self.path} is damaged ({first_line(e)}); mend it, or move it away") from None
         temporary = self.path.with_name("log.csv.tmp")
@@ -242,18 +242,18 @@ def format_seconds(s):
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def load_pretrained(name_or_folder, block_size=None):
-    """gpt2, gpt2-medium, gpt2-large, gpt2-xl, the name of any GPT-2 on Hugging Face, or a folder with config.json and
-    the weights (safetensors, sharded too, or pytorch_model.bin) -> model in eval mode, tokenizer (None if the folder
-    has none, or not GPT-2's). block_size: cuts off later positions. UserError if the weights cannot be had, are not a
-    GPT-2's, or need what this model does not have."""
+def load_pretrained(name_or_folder, block_size=None, dropout=0.0):
+    """Loads GPT-2 weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, the name of any GPT-2 on Hugging Face, or a folder
+    with config.json and the weights (safetensors, in one file or several, or pytorch_model.bin). Returns the model in
+    eval mode and the tokenizer, or None if the folder does not have GPT-2's. block_size cuts off later positions.
+    UserError if the weights cannot be read, or are not those of a GPT-2 that model.py can compute."""
     folder = Path(name_or_folder)
     is_name = not folder.is_dir()
     if is_name:
         folder = download_repository(str(name_or_folder))
     try:
         given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = read_config(given, name_or_folder)
+        config = dataclasses.replace(read_config(given, name_or_folder), dropout=dropout)
     except UserError:
         raise
     except (OSError, ValueError) as e:
@@ -288,7 +288,7 @@ def load_pretrained(name_or_folder, block_size=None):
 
 
 def download_repository(name):
-    """The name of a repository on Hugging Face -> a folder with its files. UserError if it cannot be had."""
+    """The name of a repository on Hugging Face -> a folder with its files. UserError if it cannot be downloaded."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -408,8 +408,8 @@ def to_gpt2(model):
 
 
 def gpt2_logits(tensors, config, idx):
-    """The logits of GPT-2 as its format defines it, from tensors in that format: the check of an export."""
-    left = dict(tensors)
+    """The logits of GPT-2, from tensors in Hugging Face's format. It is independent of model.py, to check an export."""
+    left = dict(tensors)  # what is left over in the end is not part of GPT-2
 
     def linear(x, name):
         return x @ left.pop(f"{name}.weight") + left.pop(f"{name}.bias")

@@ -1,5 +1,5 @@
 # Gives a script its command line, its config files and its error messages. Scripts do not import this file. They
-# execute it, below their settings and above their heavy imports:
+# execute it, so that it can change their settings, below these settings and above their heavy imports:
 #
 #     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 #
@@ -12,7 +12,7 @@
 # two more globals. `config` holds the value of every setting. `overrides` holds those that a config file or the command
 # line set.
 #
-# Errors, below: a mistake of the user and a fault of the system print one line, `error: ...`, and end with exit code 1.
+# A user's mistake and a system's error print one line, `error: ...`, and end with exit code 1.
 # Ctrl-C ends with exit code 130. Any other exception is a bug and prints its traceback. GPT_TRACEBACK=1 in the
 # environment prints the traceback of every error.
 import os
@@ -22,7 +22,8 @@ import sys
 
 
 class UserError(ValueError):
-    """A mistake that one sentence can settle. files.py has this class too, to import. _one_line knows both by name."""
+    """An error that one line explains. files.py defines it again, for modules to import, so _one_line goes by the
+    name."""
 
 
 def _one_line(error):
@@ -52,7 +53,7 @@ def _on_error(kind, error, trace):
     import signal
     import time
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
-    sys.stderr = sys.__stderr__  # torch.distributed calls this hook with a buffer here, which _exit_now would lose
+    sys.stderr = sys.__stderr__  # torch.distributed puts a buffer here, and _exit_now would lose what is in it
     if issubclass(kind, BrokenPipeError):  # nobody reads the output any more, as after `| head`
         _exit_now(0)
     try:
@@ -64,7 +65,7 @@ def _on_error(kind, error, trace):
     line, rank = _one_line(error), os.environ.get("RANK")
     if line and rank not in (None, "0"):
         # Under torchrun every process usually has the same error. Rank 0 prints it, and torchrun ends the others while
-        # they wait. If it does not, the error is theirs alone, and they print it.
+        # they wait. If that has not happened after 5 seconds, rank 0 has no such error, so they print it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     if os.environ.get("GPT_TRACEBACK") == "1" or not (line or issubclass(kind, KeyboardInterrupt)):

@@ -1,4 +1,4 @@
-"""The same model, faster. This file is about machines; whoever skips it misses nothing about GPTs.
+"""The same model, faster. This file is about machines. If you want to learn about GPTs, you can skip it.
 
     for_training(model)                                    # train.py calls it
     for_inference(model, dtype="bfloat16", compile=True)   # sample.py calls it
@@ -7,22 +7,22 @@ Both change the model in place and return it: a layer gets a subclass that compu
 
     layer of model.py      becomes           because                                                        gain
     CausalSelfAttention    FusedAttention    PyTorch's fused kernel never stores the T x S scores           1.7x
-                                             except where a CPU trains: there, written out, it is faster    1.2x
+                                             (but a CPU in bfloat16 trains faster with the plain code)      1.2x
     nn.Dropout on a CPU    FastDropout       16 random bits decide as well as a float, and cost less        1.4x
-    nn.Linear on a CPU     FastLinear        oneDNN multiplies float32 faster than MKL, without gradients   1.5x
-                           PackedLinear      its weight lies in the order in which oneDNN reads it          1.7x
+    nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.5x
+                           PackedLinear      its weight is stored in the order in which oneDNN reads it     1.7x
     nn.Linear              Int8Linear        a weight takes one byte instead of four                        3.5x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              unmeasured
     decode_one_token       compiled          one loop reads each weight once, whatever its dtype            1.8x
 
     python fast.py   # measures the gains on this machine; those above are from two cores of an AMD EPYC (Zen 4)
 
-The gain of PackedLinear is that of a single row. The gains of the compiled step, in float32, and of Int8Linear,
-compiled, are those over PackedLinear.
+oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gain of PackedLinear is that of a
+single row. The compiled step (in float32) and Int8Linear (compiled) are compared with PackedLinear, not with nn.Linear.
 
 model.py has the last word. Only layers of exactly the class in the table are replaced, and they are compared with
-their replacements first. Where they differ, because someone has changed model.py, the plain layer stays, and one
-line on standard error says so. The compiled step runs GPT.forward itself.
+their replacements first. If they differ, because someone has changed model.py, the plain layer stays, and one line on
+standard error says so. The compiled step runs GPT.forward itself.
 """
 import os
 
@@ -59,15 +59,15 @@ class FusedAttention(CausalSelfAttention):
             return super().attend(q, k, v, positions)
         if T == S:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
-        # With cached keys, is_causal=True would align the triangle with the oldest key instead of the newest. A single
-        # query is the newest position and may see every key.
+        # With cached keys, is_causal=True would treat the first query as position 0. A single query is the newest
+        # position and may see every key.
         mask = None if T == 1 else causal_mask(positions, S, q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
 
 
 class CompiledAttention(CausalSelfAttention):
-    """Attention for a model whose decoding is compiled: the keys are a StaticCache's whole capacity, so the positions
-    always say which of them count."""
+    """Attention for a model whose decoding is compiled. A StaticCache returns its whole capacity, so the mask must hide
+    the keys that are not filled yet."""
 
     def attend(self, q, k, v, positions):
         """q (B, nh, T, hs), k and v (B, nh, S, hs) -> (B, nh, T, hs)."""
@@ -85,14 +85,15 @@ class CompiledAttention(CausalSelfAttention):
 # --- dropout ---
 
 class FastDropout(nn.Dropout):
-    """Dropout from 16 random bits a number: p is rounded to 1/65536. F.dropout draws a float for each number on a CPU,
-    which takes longer than the layers around it."""
+    """Dropout that decides with 16 random bits per number, so p is rounded to a multiple of 1/65536. On a CPU,
+    F.dropout draws a float per number, which takes longer than the layers around it."""
 
     def forward(self, x):
         """x -> x with each number zeroed with probability p and the others divided by 1 - p, in training."""
         if not self.training or self.p == 0.0:
             return x
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)  # 4 from 64
+        # One random 64-bit integer gives four of 16 bits, which are uniform from -2^15 to 2^15 - 1.
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
         keep = bits[:x.numel()].view(x.shape) >= min(round(self.p * 2 ** 16), 2 ** 16 - 1) - 2 ** 15
         return x * (keep.to(x.dtype) / (1.0 - self.p))
 
@@ -110,7 +111,7 @@ def one_row(x, weight, scale=None, bias=None):
 
 
 class FastLinear(nn.Linear):
-    """A linear layer that leaves float32 to oneDNN where no gradient is needed, and a single row to the compiler."""
+    """A linear layer that uses oneDNN in float32 if no gradient is needed, and one_row in compiled code."""
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
@@ -124,12 +125,12 @@ class FastLinear(nn.Linear):
 
 
 class PackedLinear(FastLinear):
-    """A linear layer whose float32 weight lies in blocks, in the order in which oneDNN reads it for few rows. Only
-    oneDNN can read it, so the state dict and copies of the layer go through the ordinary layout."""
+    """A linear layer whose float32 weight is stored in blocks, in the order in which oneDNN reads it for few rows. Only
+    oneDNN can read this layout, so the state dict and copies of the layer hold the ordinary one."""
 
     def prepare(self):
         """Reorders the weight."""
-        weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 64)
+        weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 64)  # for inputs of up to 64 rows
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def unpacked(self):
@@ -192,7 +193,8 @@ class StaticCache(KVCache):
         self.mark()
 
     def mark(self):
-        """Tells the compiler that these tensors stay where they are, or else it gives up CUDA graphs: they change."""
+        """Tells the compiler that these tensors stay at their addresses, though their contents change. Otherwise it
+        does not use CUDA graphs."""
         for tensor in (*self.k, *self.v, self.length):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
@@ -225,8 +227,8 @@ def compiled_step(on_cuda, dtype):
     how = dict(dynamic=False, isolate_recompiles=True, recompile_limit=64)
     if on_cuda:
         return torch.compile(GPT.decode_one_token, mode="reduce-overhead", **how)
-    # Left alone, the compiler writes each layer norm into the loop of the linear layer after it, and so computes it for
-    # every output anew. An expression of this many operations is stored once instead; the linear layer's own are fewer.
+    # By default the compiler fuses a layer norm into the linear layer after it, and computes the norm again for every
+    # output. An expression of this many operations is computed once and stored. A linear layer has fewer.
     how["options"] = {"realize_opcount_threshold": 12 if dtype == "bfloat16" else 8}
     return torch.compile(GPT.decode_one_token, **how)
 
@@ -243,11 +245,12 @@ class Prepared:
         return super().train(False)
 
     def num_parameters(self, embeddings=True):
-        """As before the preparation."""
+        """The same number as before for_inference."""
         return super().num_parameters(embeddings) - (self.lm_head.weight.numel() if self.was_tied else 0)
 
     def new_cache(self, batch_size, length=None):
-        """The plain cache, or for compiled decoding a StaticCache of few different sizes: each is compiled for."""
+        """The plain cache or, for compiled decoding, a StaticCache. Its length is rounded up to a power of two, because
+        the step is compiled for each length."""
         if not self.prepared_as[1]:
             return super().new_cache(batch_size, length)
         if length is not None and 0 < length <= self.config.block_size:
@@ -269,7 +272,7 @@ class PreparedGPT(Prepared, GPT):
 # --- replacing layers, after a comparison ---
 
 def twin(layer, fast):
-    """The layer again, sharing its parameters, as the class `fast`."""
+    """A copy of the layer as the class `fast`. It shares the parameters, but not the dicts that hold them."""
     other = copy.copy(layer)
     other.__dict__ = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
     return become(other, fast)
@@ -284,13 +287,13 @@ def become(layer, fast):
 
 
 def same(a, b):
-    """Whether two tensors agree but for rounding in float32, which is coarser on some devices than on a CPU."""
+    """Whether two tensors agree within the rounding of float32, which is coarser on some devices than on a CPU."""
     tolerance = 1e-4 if a.device.type == "cpu" else 1e-3
     return bool((a.float() - b.float()).abs().max() <= tolerance * max(1.0, b.abs().max().item()))
 
 
 def computes_the_same(layer, fast, block_size):
-    """Whether a layer of the class `fast` computes the same as this one. If it fails, it does not."""
+    """Whether a layer of the class `fast` computes the same as this one. False if one of them raises an exception."""
     g, device = torch.Generator().manual_seed(0), next(layer.parameters()).device
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # without TF32, whose rounding would hide small differences
@@ -302,8 +305,8 @@ def computes_the_same(layer, fast, block_size):
                 layer.weight = nn.Parameter(new.weight * new.scale[:, None])
             x = torch.randn(3, layer.in_features, generator=g).to(layer.weight)
             return all(same(new(rows), layer(rows)) for rows in (x, x[:1]))
-        # A whole sequence; a chunk and a single token after a long prefix. Scores as large as these, and a prefix of
-        # block_size, show a limit that someone has set to either.
+        # A whole sequence, and a chunk and a single token after a long prefix. The factor 6 makes large scores.
+        # Together they reveal a limit on the scores or on the distance, if someone has added one to model.py.
         for T, S in ((min(16, block_size),) * 2, (min(5, block_size), block_size), (1, block_size)):
             q, k, v = (torch.randn(1, layer.n_head, n, layer.c_proj.in_features // layer.n_head, generator=g).to(device)
                        for n in (T, S, S))
@@ -318,9 +321,9 @@ def computes_the_same(layer, fast, block_size):
 
 
 def replace(model, plain, fast):
-    """Replaces the layers of exactly the class `plain`, if they compute the same as their replacements. Each attention
-    is compared, since someone may give every layer another one; of PyTorch's own layers, one is enough. (Dropout is
-    random, so tests compare its shares and sums instead.)"""
+    """Replaces the layers of exactly the class `plain`, if they compute the same as their replacements. It compares
+    every attention, because a changed model.py may have different ones. Of PyTorch's own layers, one is enough. Dropout
+    is random, so only the tests compare it."""
     layers = [module for module in model.modules() if type(module) is plain]
     compared = [] if fast is FastDropout else layers if plain is CausalSelfAttention else layers[:1]
     if not all(computes_the_same(layer, fast, model.config.block_size) for layer in compared):
@@ -340,14 +343,14 @@ def replace_head(model):
 
 
 def stay_plain(plain, fast):
-    """Says that a layer is not replaced."""
+    """Prints that a layer is not replaced."""
     if os.environ.get("RANK", "0") == "0":
         print(f"fast.py: {plain.__name__} computes something else than {fast.__name__} does, so it stays as it is in "
               "model.py, which may be slower", file=sys.stderr)
 
 
 def restore(model):
-    """Takes back what for_training replaced. RuntimeError after for_inference, which cannot be taken back."""
+    """Undoes for_training. RuntimeError after for_inference, which cannot be undone."""
     if isinstance(model, Prepared):
         raise RuntimeError("this model was prepared for inference already; load it again")
     for module in model.modules():
@@ -378,10 +381,10 @@ def for_training(model):
 
 @torch.no_grad()
 def for_inference(model, dtype="float32", compile=False):
-    """Prepares a model for generation on the device where it lies, in place; also returns it. dtype is that of the
-    weights: "float32", "bfloat16", "float16", or "int8", which concerns the linear layers alone. With compile, the step
-    for one token is compiled when it is first taken. The model cannot be trained afterwards. ValueError for another
-    dtype, RuntimeError if the model was prepared already."""
+    """Prepares a model for generation on its device, in place, and returns it. dtype is that of the weights: "float32",
+    "bfloat16", "float16", or "int8" (in linear layers only). With compile, the step for one token is compiled when it
+    first runs. The model cannot be trained afterwards. ValueError for another dtype, RuntimeError if the model was
+    prepared already."""
     if dtype not in ("float32", "bfloat16", "float16", "int8"):
         raise ValueError(f"dtype must be float32, bfloat16, float16 or int8, got {dtype!r}")
     restore(model.eval())
@@ -398,7 +401,7 @@ def for_inference(model, dtype="float32", compile=False):
         replace(model, nn.Linear, PackedLinear)
     try:
         model(torch.zeros(1, 1, dtype=torch.long, device=model.wte.weight.device))
-    except Exception:  # someone uses a weight directly, and it has another layout now
+    except Exception:  # a changed model.py uses a weight directly, which has another layout now: undo the replacement
         for layer, weight in before.items():
             if layer is model.lm_head:
                 stay_plain(nn.Linear, type(layer))

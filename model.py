@@ -6,7 +6,8 @@
 
 Text is cut into tokens (characters, or pieces of words), and each has an id. The model reads ids and returns logits: at
 each position, one score for every token that could come next. A position sees itself and the positions before it, never
-those after ("decoder-only"). See Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+those after ("decoder-only"). So one pass over T tokens makes T predictions, each from its own beginning of the text,
+and training learns from all of them. See Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 Shapes in comments:
     B   batch, the number of sequences
@@ -77,8 +78,9 @@ def attention(q, k, v, positions, dropout=None):
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention: nh heads work in parallel, each with queries, keys and values of hs features, computed from
-    all C. One head can look for the previous letter while another looks for the start of the line. Queries, keys and
-    values are linear maps of the same input: this is what makes it self-attention."""
+    all C. One head can look for the previous letter while another looks for the start of the line. A single head has
+    one set of weights, so it would have to mix the two. Queries, keys and values are linear maps of the same input:
+    this is what makes it self-attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -110,7 +112,8 @@ class CausalSelfAttention(nn.Module):
 
 # --- the block: attention lets positions exchange information, then an MLP processes it at each position ---
 class MLP(nn.Module):
-    """The feed-forward network: two linear layers with a nonlinearity between, the same for every position."""
+    """The feed-forward network, the same for every position: two linear layers with a nonlinearity between them.
+    Without it, they would amount to one linear layer. The hidden width, 4 * C, is that of the original transformer."""
 
     def __init__(self, config):
         super().__init__()
@@ -131,10 +134,10 @@ class Block(nn.Module):
     layers wrote. LayerNorm gives each position's features mean 0 and variance 1, then applies a learned scale and
     shift, so a layer sees inputs of the same magnitude however large the stream has grown.
 
-    This order is called Pre-LN. The stream itself is never normalised between blocks, so gradients have a direct path
-    from the loss to every block, at any depth (verify_gradients.py shows it). The original transformer (2017) used
-    Post-LN, norm(x + f(x)): every layer rescales the stream, and deep models train only with a careful warmup of the
-    learning rate (Xiong et al. 2020). Dropout, too, acts on what a block adds, not on the stream itself."""
+    Normalising a layer's input is called Pre-LN. The stream itself is never normalised between blocks, so gradients
+    have a direct path from the loss to every block, at any depth (verify_gradients.py shows it). The original
+    transformer (2017) used Post-LN, norm(x + f(x)): every layer rescales the stream, and deep models train only with a
+    careful warmup of the learning rate (Xiong et al. 2020). Dropout, too, acts only on what a block adds."""
 
     def __init__(self, config):
         super().__init__()
@@ -155,9 +158,9 @@ class KVCache:
     """The keys and values of all positions so far, for every layer. A new token then costs the work of one position:
     its query is compared with the cached keys. Past queries are not kept, since nothing uses them again.
 
-    The cache holds 2 * n_layer * B * capacity * n_embd numbers: 75 MB per sequence for GPT-2 small in float32.
-    It cannot slide, that is, drop its oldest token to make room for a new one: all other tokens would move up by one
-    position, and every key and value depends on wte[token] + wpe[position]. All would have to be recomputed."""
+    The cache holds 2 * n_layer * B * capacity * n_embd numbers. For a sequence of GPT-2 small in float32, these are
+    2 * 12 * 1024 * 768 * 4 bytes = 75 MB. It cannot slide, that is, drop its oldest token to make room for a new one:
+    every other token would have a new position, and its keys and values, which depend on it, would be wrong."""
 
     def __init__(self, config, batch_size, length=None, device=None, dtype=None):
         """length: the capacity in positions, by default block_size. ValueError if it exceeds block_size."""
@@ -201,7 +204,8 @@ class KVCache:
 
 # --- the model ---
 class GPT(nn.Module):
-    """Embeddings, n_layer blocks, a final norm, and an output layer (lm_head) that turns the stream into logits."""
+    """Embeddings, n_layer blocks, a final norm of the stream, and an output layer (lm_head) that turns it into logits.
+    The names are GPT-2's, so its published weights fit."""
 
     def __init__(self, config):
         super().__init__()
@@ -223,15 +227,16 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, Block):  # apply() visits a block after its layers, so this overrides the lines above
-            # 2 * n_layer projections add to the stream. Dividing by sqrt(2 * n_layer) keeps their sum from growing.
+            # 2 * n_layer projections add to the stream, and their variances add up. So divide by sqrt(2 * n_layer).
             for projection in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def forward(self, idx, targets=None, cache=None, last_only=False):
-        """idx (B, T) -> logits (B, T, V), or (B, 1, V) for the last position with last_only, and the loss: the mean
-        cross-entropy over the targets (B, T), skipping -1. Without targets it is None. With a cache, idx continues the
-        cached sequence. Raises ValueError if the sequence is empty or too long. An untrained model gives every token
-        about the probability 1 / V, so its loss is about ln(V): 4.2 for 65 characters, 10.8 for GPT-2's tokens."""
+        """idx (B, T) -> logits (B, T, V), or (B, 1, V) for the last position with last_only, and the loss: the mean of
+        -ln(probability of the target), the cross-entropy, over the targets (B, T) that are not -1. Without targets it
+        is None. With a cache, idx continues the cached sequence. Raises ValueError if the sequence is empty or too
+        long. An untrained model has small weights, so all logits are near 0, all tokens have a probability of about
+        1 / V, and the loss is about ln(V): 4.2 for 65 characters, 10.8 for GPT-2's tokens."""
         if idx.dim() != 2 or idx.size(1) == 0:
             raise ValueError(f"expected ids of shape (B, T) with T at least 1, got {tuple(idx.shape)}")
         T = idx.size(1)
@@ -240,7 +245,7 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
 
         # Attention alone cannot tell in which order the earlier tokens came. Adding a vector for the position makes "a"
-        # at position 3 a different input from "a" at position 7. C features are enough to tell the two parts apart.
+        # at position 3 a different input from "a" at position 7. C features have room for both, for the layers to use.
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C) + (T, C) -> (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, positions, cache, layer)           # (B, T, C)
@@ -260,10 +265,10 @@ class GPT(nn.Module):
         says how strongly position t attends to each position."""
         maps = []
 
-        def record(attend, q, k, v, *positions):  # with unit vectors as values, the output is the weights themselves
+        def record(attend, q, k, v, positions):  # with unit vectors as values, the output is the weights themselves
             unit_vectors = torch.eye(k.size(-2), dtype=v.dtype, device=v.device).expand(*k.shape[:2], -1, -1)
-            maps.append(attend(q, k, unit_vectors, *positions))
-            return attend(q, k, v, *positions)
+            maps.append(attend(q, k, unit_vectors, positions))
+            return attend(q, k, v, positions)
 
         layers = [module for module in self.modules() if isinstance(module, CausalSelfAttention)]
         was_training = self.training
@@ -278,12 +283,6 @@ class GPT(nn.Module):
             self.train(was_training)
         return torch.stack(maps)
 
-    def set_dropout(self, dropout):
-        """Changes the dropout of every layer."""
-        self.config.dropout = dropout
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = dropout
 
     def num_parameters(self, embeddings=True):
         """The number of parameters, with or without wte (hence lm_head) and wpe. The shared matrix counts once."""
@@ -291,9 +290,10 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters() if not any(p is q for q in left_out))
 
     def flops_per_token(self, T):
-        """Floating-point operations to train on one token of a sequence of T: 6 for each parameter that multiplies (2
-        forward, 4 backward; looking up an embedding needs none, but lm_head counts), and 12 * n_layer * n_embd * T for
-        attention's scores and weighted sums (Chowdhery et al. 2022, PaLM, appendix B)."""
+        """Floating-point operations to train on one token of a sequence of T: 6 for each weight (forward a
+        multiplication and an addition, backward as much for the gradient of the input and for that of the weight;
+        lm_head counts, looking up an embedding does not), and 12 * n_layer * n_embd * T for attention's scores and
+        weighted sums (Chowdhery et al. 2022, PaLM, appendix B)."""
         layers = [module for module in self.modules() if not isinstance(module, nn.Embedding)]
         n = sum(p.numel() for layer in layers for p in layer.parameters(recurse=False))
         return 6 * n + 12 * self.config.n_layer * self.config.n_embd * T
@@ -320,8 +320,8 @@ class GPT(nn.Module):
                eos_id=None, num_samples=1, use_cache=True, generator=None):
         """Continues each prompt of idx (B, T) num_samples times. Yields the ids of each step, (B * num_samples,), the
         samples of a prompt side by side. Stops after max_new_tokens, or when all samples have produced eos_id (the end
-        of a text), which also pads samples that are done. Temperature 0 takes the most likely token. use_cache=False
-        gives the same, slowly. Raises ValueError for an argument out of range or an id outside the vocabulary."""
+        of a text). A sample that ends earlier is padded with eos_id. Temperature 0 takes the most likely token.
+        use_cache=False gives the same, slowly. ValueError for an argument or an id out of range."""
         check_sampling(temperature, top_k, top_p, repetition_penalty)
         if max_new_tokens < 0 or num_samples < 1:
             raise ValueError(f"max_new_tokens ({max_new_tokens}) or num_samples ({num_samples}) is too small")
@@ -388,7 +388,7 @@ def penalize_repetition(logits, ids, penalty):
 
 
 def scale_temperature(logits, temperature):
-    """A temperature below 1 makes the likely tokens even more likely, one above 1 less."""
+    """A temperature below 1 makes the likely tokens even more likely. One above 1 makes them less likely."""
     return logits / temperature
 
 
@@ -403,24 +403,24 @@ def keep_top_p(logits, p):
     """Keeps the smallest set of tokens whose probabilities add up to at least p and sets all other logits to -inf: few
     tokens stay where the distribution is peaked, many where it is flat (Holtzman et al. 2020, nucleus sampling)."""
     probs = F.softmax(logits, dim=-1)
-    # Sort only the tokens that can stay in some row. Those below (1 - p) / V add up to less than 1 - p, so they always
-    # go. Of GPT-2's 50257 tokens, usually a few hundred remain.
+    # Sort the tokens, and drop the least likely ones as long as their total is at most 1 - p. Sorting 50257 tokens
+    # takes long, so sort only some: tokens below (1 - p) / V have less than 1 - p in total, so all of them go.
     columns = (probs >= (1.0 - p) / logits.size(-1)).any(dim=0).nonzero().squeeze(1)
     order = logits[:, columns].argsort(dim=-1)  # the least likely first
     ascending = probs[:, columns].gather(1, order)
     below = probs.index_fill(1, columns, 0.0).sum(dim=-1, keepdim=True)  # the total probability of the unsorted tokens
-    drop = below + ascending.cumsum(dim=-1) <= 1.0 - p  # drop from the least likely up, while the total is <= 1 - p
+    drop = below + ascending.cumsum(dim=-1) <= 1.0 - p
     drop[:, -1] = False  # at least one stays
     kept = logits[:, columns].masked_fill(torch.zeros_like(drop).scatter(1, order, drop), float("-inf"))
     return torch.full_like(logits, float("-inf")).index_copy(1, columns, kept)
 
 
 def sample(logits, ids, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, generator=None):
-    """logits (B, V) and the ids (B, T) so far -> the next ids (B,)."""
+    """logits (B, V) and the ids (B, T) so far -> the next ids (B,). Applies the functions above, in this order."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if repetition_penalty != 1.0:
         logits = penalize_repetition(logits, ids, repetition_penalty)
-    if temperature <= 1e-8:
+    if temperature <= 1e-8:  # 0, or so close to it that dividing would overflow
         return logits.argmax(dim=-1)
     logits = scale_temperature(logits, temperature)
     if top_k is not None:

@@ -24,32 +24,34 @@ def schedule(step, warmup_iters, max_iters, min_ratio):
 # --- Muon ---
 
 def orthogonalize(m, steps=5):
-    """(N, rows, cols) -> the same matrices with all singular values brought near 1, by the quintic Newton-Schulz
-    iteration of Jordan et al. 2024. Its coefficients trade exactness for speed: the values end between 0.7 and 1.2."""
+    """(N, rows, cols) -> the same matrices with all singular values brought near 1, by the Newton-Schulz iteration
+    X <- a X + b (X Xt) X + c (X Xt)^2 X. The coefficients a, b, c are those of Jordan et al. 2024, which trade
+    exactness for speed: the values end between 0.7 and 1.2."""
     if m.size(-2) > m.size(-1):
         return orthogonalize(m.mT, steps).mT
-    m = m / m.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    m = m / torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = m @ m.mT
+        gram = m @ m.mT  # X Xt; baddbmm(x, y, z, beta, alpha) is beta * x + alpha * (y @ z)
         m = torch.baddbmm(m, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), m, beta=3.4445)
     return m
 
 
 def gathered(t):
-    """The whole of a tensor, of which each process holds some rows under FSDP."""
+    """The full tensor. Under FSDP, each process stores only some of its rows."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def shard_like(t, p):
-    """The rows of a whole tensor that this process holds of p. Every process has the whole, so nothing is sent."""
+    """The rows of a full tensor that this process stores of p. Every process has the full tensor, so nothing is
+    sent."""
     return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else t
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with an orthogonalised direction: every direction of a matrix moves alike, and none is drowned by a few
-    large singular values (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"). Matrices of
-    one shape are orthogonalised together, in `dtype`; torch.optim.Muon takes one at a time, in bfloat16. A group's
-    `parts` says how many matrices are stacked in each of its parameters."""
+    """Momentum whose direction is orthogonalised. Its step is equally large in all directions of a matrix, so a few
+    large singular values do not dominate it (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural
+    networks"). Matrices of one shape are orthogonalised together, in `dtype`; torch.optim.Muon takes one at a time, in
+    bfloat16. A group's `parts` says how many matrices are stacked in each of its parameters."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, parts=1, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts))
@@ -77,14 +79,14 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalize(updates.view(-1, rows, cols)).view(-1, *shape).to(params[0].dtype)
                 updates = [shard_like(u, p) for u, p in zip(updates, params, strict=True)]
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+                # A matrix with more rows than columns takes a larger step, as in Jordan's code.
                 torch._foreach_add_(params, updates, alpha=-lr * max(1, rows / cols) ** 0.5)
 
 
 # --- which parameters go where ---
 
 def hidden_matrices(model):
-    """The weights of the linear layers inside the model, {parameter: how many matrices are stacked in it}. The head is
-    not among them: it shares the token embedding's matrix, or stands at the end of the model by itself."""
+    """The weights of the linear layers except the output layer's, {parameter: how many matrices are stacked in it}."""
     embeddings = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     found = {m.weight: 1 for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head}
     for m in model.modules():
@@ -95,10 +97,10 @@ def hidden_matrices(model):
 
 def make_optimizers(model, optimizer, learning_rate, muon_learning_rate=0.02, weight_decay=0.0, beta1=0.9, beta2=0.95,
                     muon_dtype=torch.bfloat16):
-    """A model -> a list of (optimizer, peak learning rate). With "adamw" it is one: matrices decay, biases and norms
-    do not. With "muon", Muon takes the matrices inside the blocks and AdamW the rest: embeddings are tables of vectors,
-    of which a step sees a few, and gains and biases are vectors, so neither has a spectrum to even out (Jordan et al.
-    2024, "When should you use Muon?"). muon_dtype: what Muon orthogonalises in. UserError for another name, or if
+    """A model -> a list of (optimizer, peak learning rate). With "adamw" it has one. Weight decay acts on matrices, not
+    on biases and norms. With "muon", Muon takes the matrices inside the blocks and AdamW the rest: a step uses only a
+    few vectors of an embedding, and norms and biases are vectors, which have no singular values to equalise (Jordan et
+    al. 2024, "When should you use Muon?"). muon_dtype: what Muon orthogonalises in. UserError for another name, or if
     there is no matrix for Muon."""
     if optimizer not in ("adamw", "muon"):
         raise UserError(f"optimizer must be 'adamw' or 'muon', got {optimizer!r}")

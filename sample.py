@@ -1,11 +1,11 @@
-"""Writes text with a trained model, as it comes.
+"""Generates text with a trained model and prints it token by token.
 
     python sample.py --start="ROMEO:"                          # the best checkpoint of the run in out/
     python sample.py --start=FILE:prompt.txt --num_samples=3 --top_p=0.9
     python sample.py --temperature=0                           # always the most likely token
     python sample.py --init_from=gpt2 --start="The answer is"  # GPT-2's weights: by name, or a Hugging Face folder
 
-Several samples are generated together. The first is shown as it comes, the others when they are complete.
+Several samples are generated together. The first is printed while it is written, the others when they are complete.
 """
 import os
 
@@ -22,7 +22,7 @@ stop: str | None = None            # a text that ends a sample; it is not shown
 seed = 1337                        # the same seed gives the same text
 device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
 dtype: str | None = None           # of the weights: float32, bfloat16, float16, int8; None: 16 bits on CUDA, else 32
-compile = False                    # compile the step for one token: faster from a few hundred tokens on
+compile = False                    # compile the step for one token: pays off after hundreds to thousands of tokens
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 
@@ -66,12 +66,12 @@ class Text:
             self.text, self.done = self.text[:self.text.index(stop)], True
 
     def end(self):
-        """No more ids will come: adds what the decoder held back."""
+        """No more ids will come: adds what the decoder held back, since a character may consist of several tokens."""
         if not self.done:
             self.text, self.done = self.text + self.decoder.flush(), True
 
     def show(self):
-        """Prints what is new, except for an ending that may yet become the stop string."""
+        """Prints what is new, except for an ending that is the beginning of the stop string."""
         held = 0
         if stop and not self.done:
             held = max((n for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
@@ -98,8 +98,8 @@ def read_prompt(tok):
 device = choose_device(device)
 model, tok = load_model(out_dir)[:2] if init_from == "resume" else load_pretrained(init_from)
 if tok is None:
-    raise UserError(f"{init_from} has no tokenizer that is known here (GPT-2's); a character model can be sampled from "
-                    "its run's folder, with --out_dir")
+    raise UserError(f"{init_from} does not have GPT-2's tokenizer, the only one that this program knows; sample a "
+                    "character model from its run's folder, with --out_dir")
 prompt, ids = read_prompt(tok)
 if len(ids) > model.config.block_size:
     print(f"the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}", file=sys.stderr)

@@ -16,7 +16,7 @@ init_from = "scratch"              # scratch, resume, or GPT-2 weights: gpt2, ..
 seed = 1337                        # every random choice of the run follows from it
 # data
 dataset = "shakespeare_char"       # a folder in data/, made by prepare.py
-prepare = ""                       # what prepare.py gets if the folder is not there yet, as in "--val_fraction=0.01"
+prepare = ""                       # more arguments for prepare.py, which makes a missing dataset: "--val_fraction=0.01"
 batch_size = 12                    # sequences in a micro-step: one forward and backward pass
 gradient_accumulation_steps = 1    # micro-steps in an optimizer step
 block_size = 64                    # tokens in a sequence
@@ -34,8 +34,8 @@ muon_learning_rate = 0.02          # Muon's peak
 min_lr: float | None = None        # learning_rate at the end; None: a tenth of it. Muon's falls by the same factor
 warmup_iters: int | None = None    # steps in which the rate rises to its peak; None: a tenth of max_iters
 weight_decay = 0.1                 # on matrices; biases and norms have none
-beta1 = 0.9                        # AdamW's decay of the gradient's mean
-beta2 = 0.95                       # and of its square's; nearer 1 for small batches
+beta1 = 0.9                        # AdamW's decay of the running mean of the gradient
+beta2 = 0.95                       # and of the squared gradient; nearer 1 for small batches
 grad_clip = 1.0                    # largest norm of the gradient; 0.0: no clipping
 # evaluation, log and checkpoints
 eval_interval = 250                # steps between evaluations; one before the first step and one after the last, too
@@ -48,11 +48,11 @@ wandb = False                      # send the log to Weights & Biases too (pip i
 checkpoint_interval = 250          # steps between checkpoints; one after the last step, too
 # machine
 device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
-dtype: str | None = None           # of matrix multiplications: float32, bfloat16, float16; None: bfloat16 where fast
+dtype: str | None = None           # matrix multiplications in float32, bfloat16, float16; None: bfloat16 where fast
 compile: bool | None = None        # torch.compile the model; None: on CUDA, if its compiler, triton, is there
-strategy = "ddp"                   # of several processes: ddp, each holds the whole model; fsdp, each a part of it
+strategy = "ddp"                   # several processes: ddp copies the model to each, fsdp splits it among them
 # Settings are read before the heavy imports, so that --help and a typo answer at once. From here on, `config` holds all
-# settings, and `overrides` those that the command line and its config files name.
+# settings, and `overrides` those that the command line and its config files name. They have replaced the values above.
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 
 import functools
@@ -110,7 +110,7 @@ from optimizer import make_optimizers, schedule
 
 out = Path(out_dir)
 checkpoint = pretrained = tokenizer = None
-fixed, source = {}, None  # what cannot change any more, and why
+fixed, source = {}, None  # settings that a loaded model decides, and where it came from
 if init_from == "resume" and (out / "latest.pt").exists():
     source = out / "latest.pt"
     checkpoint = load_checkpoint(source, TO_RESUME)
@@ -122,7 +122,7 @@ elif init_from == "resume":
     print_once(f"no latest.pt in {out_dir}: starting from scratch")
 elif init_from != "scratch":
     source = init_from
-    pretrained, found = load_pretrained(source, overrides.get("block_size"))
+    pretrained, found = load_pretrained(source, overrides.get("block_size"), dropout)
     fixed = asdict(pretrained.config) | {"dropout": dropout}
     tokenizer = found.state() if found else None
 for name, value in fixed.items():
@@ -163,7 +163,8 @@ if tokenizer not in (None, meta["tokenizer"]) or fixed.get("vocab_size", meta["v
     raise UserError(f"{source} has another vocabulary than {dataset}: its tokenizer is not the dataset's; name another "
                     "dataset, or start from scratch")
 
-# A step takes `sequences` sequences. Processes share its micro-steps if they can, else each micro-step's sequences.
+# A step takes `sequences` sequences. If its micro-steps divide evenly, each process gets some of them. Otherwise each
+# gets some sequences of every micro-step.
 sequences, world_size = batch_size * gradient_accumulation_steps, distributed.world_size
 if gradient_accumulation_steps % world_size == 0:
     micro_steps, micro_batch = gradient_accumulation_steps // world_size, batch_size
@@ -181,14 +182,14 @@ def to_device(ids):
     return ids[:, :-1], ids[:, 1:]
 
 
-windows = max(1, len(train_data) // block_size - 1)  # training sequences in an epoch
+windows = max(1, len(train_data) // block_size - 1)  # training sequences in an epoch; -1 leaves room for the offset
 
 
 @functools.lru_cache(2)
 def window_starts(epoch):
-    """Where the training sequences of an epoch start. They tile the text from a random offset and come in random order,
-    so an epoch sees every token once (but for two windows at most, at the ends). This trains better than windows drawn
-    independently, some of which come twice before others come once."""
+    """Where the training sequences of an epoch start. They lie side by side from a random offset on and come in random
+    order, so an epoch sees every token once, except for the ends of the text (up to two sequences). This trains better
+    than independent draws, which repeat some sequences before others come once."""
     rng = np.random.default_rng((seed, epoch))
     return rng.integers(len(train_data) - windows * block_size) + block_size * rng.permutation(windows)
 
@@ -207,7 +208,6 @@ def get_batch(step):
 torch.manual_seed(seed)
 shape = {k: v for k, v in (fixed | config).items() if k in asdict(GPTConfig())}  # settings named as in GPTConfig
 raw_model = pretrained or GPT(GPTConfig(**shape | {"vocab_size": meta["vocab_size"]}))
-raw_model.set_dropout(dropout)
 for_training(raw_model.to(device).train())  # faster layers that compute the same
 if strategy == "fsdp":
     distributed.shard(raw_model, device)
@@ -219,7 +219,7 @@ compile = can_compile(device) if compile is None else compile
 model = torch.compile(raw_model) if compile else raw_model
 if distributed.is_distributed and strategy == "ddp":
     model = distributed.replicate(model, device)
-iter_num, best_val_loss, bad_evals, seconds = 0, None, 0, 0.0  # the steps done, and what else a run keeps
+iter_num, best_val_loss, bad_evals, seconds = 0, None, 0, 0.0  # the steps done, and other values that a resume restores
 if checkpoint:
     set_state(raw_model, [o for o, _ in optimizers], checkpoint)
     scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} if the run was not in float16 so far
@@ -228,7 +228,8 @@ if checkpoint:
 
 
 def save(path, with_optimizers=True):
-    """Writes a checkpoint of the run as it stands. UserError if a weight is not finite; the earlier file stays."""
+    """Writes a checkpoint of the run as it stands. If a weight is not finite: UserError, and the previous file
+    stays."""
     model_state, optimizer_state = get_state(raw_model, [o for o, _ in optimizers] if with_optimizers else [])
     shape = asdict(raw_model.config)
     distributed.run_on_main_process(save_checkpoint, path, {
@@ -242,13 +243,14 @@ def save(path, with_optimizers=True):
 
 @torch.no_grad()
 def evaluate(data, evenly=False):
-    """The mean loss over windows of a split that do not overlap, from its start on and at most eval_tokens; `evenly`:
-    over as many windows as the validation split has, spread over the split. Nothing is random, and dropout is off."""
+    """The mean loss over windows that do not overlap, from the start of the split, at most eval_tokens tokens. With
+    `evenly`, as many windows as of the validation split, spread over the whole split. No randomness, no dropout."""
     T = min(block_size, len(val_data) - 1)
     n = max(1, min(eval_tokens, len(val_data) - 1) // T)
     starts = np.linspace(0, len(data) - T - 1, n).astype(np.int64) if evenly else np.arange(n) * T
     mine = starts[distributed.rank::world_size]
-    # As many windows at once as keep the logits, the largest tensor, under 2^26 numbers, but no fewer than in training.
+    # As many tokens at once as keep the logits, the largest tensor, under 2^26 numbers, at most 8192, but no fewer
+    # windows than in training.
     at_once = max(micro_batch, min(8192, 2 ** 26 // meta["vocab_size"]) // T)
     raw_model.eval()
     total = 0.0
@@ -277,13 +279,14 @@ def forward_backward(x, y):
 
 
 def update_weights():
-    """One optimizer step from the gradients in .grad, which are gone then; returns their norm before clipping."""
+    """One optimizer step with the gradients in .grad, which are then removed; returns their norm before clipping."""
     for o, _ in optimizers:
         scaler.unscale_(o)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     if strategy == "fsdp":
         grad_norm = grad_norm.full_tensor()
-    # After an overflow in float16 no optimizer steps, since clipping has made all gradients NaN, and the scale falls.
+    # If a float16 gradient overflowed, clipping has spoilt all gradients. So no optimizer steps, and the scale is
+    # halved.
     overflow = scaler.is_enabled() and not math.isfinite(grad_norm.item())
     for o, _ in optimizers:
         if not overflow:
