@@ -1,4 +1,5 @@
-"""Saving and loading: a run's folder with its checkpoints and its log, and GPT-2 weights in Hugging Face's format.
+"""Saving and loading: a run's folder with its checkpoints and its log, nanoGPT's checkpoints, and GPT-2 weights in
+Hugging Face's format.
 
     python checkpoint.py --out_dir=out --export=FOLDER    # the run's best model as a Hugging Face folder
 
@@ -17,6 +18,8 @@ import copy
 import csv
 import dataclasses
 import json
+import math
+import sys
 from pathlib import Path
 
 import torch
@@ -24,11 +27,11 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from distributed import is_main_process
-from files import UserError, write_atomically
+from files import UserError, read_json, write_atomically
 from model import GPT, GPTConfig
-from tokenizer import BPETokenizer, fetch_vocabulary, load_tokenizer
+from tokenizer import BPETokenizer, fetch_vocabulary, load_tokenizer, read_nanogpt_characters
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 # --- checkpoints ---
@@ -81,8 +84,10 @@ def load_checkpoint(path, needed=()):
     except Exception:  # torch.load raises many kinds for a file that is cut short, or not its own, or unsafe
         raise UserError(f"{path} cannot be read: it is damaged or not a checkpoint; delete it or restore a copy"
                         ) from None
+    if isinstance(checkpoint, dict) and "format_version" not in checkpoint and "model_args" in checkpoint:
+        checkpoint = from_nanogpt(checkpoint, Path(path))
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
-    if version not in (1, FORMAT_VERSION):
+    if version not in range(1, FORMAT_VERSION + 1):
         raise UserError(f"{path} has checkpoint format {version}, but this program reads {FORMAT_VERSION}; train anew")
     upgrade(checkpoint)
     for name in needed:
@@ -98,6 +103,13 @@ def upgrade(checkpoint):
         shape = checkpoint.pop("model_args")
         checkpoint |= {"model_config": shape, "format_version": 2,
                        "config": {k: v for k, v in checkpoint.get("config", {}).items() if k not in shape}}
+    config = checkpoint.get("config")
+    if checkpoint["format_version"] == 2 and isinstance(config, dict):
+        # The end of the schedule was always max_iters, and the rate there was an absolute number.
+        lowest, peak = config.pop("min_lr", None), config.get("learning_rate")
+        config |= {"final_lr_fraction": 0.1 if lowest is None or not peak else lowest / peak,
+                   "lr_decay_iters": config.get("max_iters")}
+        checkpoint["format_version"] = 3
 
 
 def model_config(fields, path):
@@ -123,17 +135,108 @@ def load_weights(model, state, path):
     model.load_state_dict(state)
 
 
-def load_model(out_dir):
-    """A run's folder -> model (in eval mode, on the CPU), tokenizer, checkpoint, from best.pt if it exists, otherwise
-    from latest.pt. UserError if there is neither, or if it cannot be read."""
-    path = next((p for p in (Path(out_dir, "best.pt"), Path(out_dir, "latest.pt")) if p.is_file()), None)
+def find_checkpoint(path):
+    """A checkpoint file, or the folder of a run -> the file: best.pt if it exists, otherwise latest.pt, otherwise
+    nanoGPT's ckpt.pt. None if there is none."""
+    path = Path(path)
+    return next((p for p in (path, path / "best.pt", path / "latest.pt", path / "ckpt.pt") if p.is_file()), None)
+
+
+def load_model(out_dir, block_size=None, dropout=None):
+    """The folder of a run, or a checkpoint file -> model (in eval mode, on the CPU), tokenizer, checkpoint. block_size
+    cuts off later positions. UserError if there is no checkpoint, or if it cannot be read."""
+    path = find_checkpoint(out_dir)
     if path is None:
         raise UserError(f"no checkpoint in {out_dir}: train one first, "
                         "for example with python train.py config/train_shakespeare_char.py")
     checkpoint = load_checkpoint(path, TO_SAMPLE)
-    model = GPT(model_config(checkpoint["model_config"], path))
+    config = model_config(checkpoint["model_config"], path)
+    model = GPT(config if dropout is None else dataclasses.replace(config, dropout=dropout))
     load_weights(model, checkpoint["model"], path)
+    check_probe(model, checkpoint, path)
+    if block_size not in (None, model.config.block_size):
+        config, state = cropped(model.config, model.state_dict(), block_size, path)
+        model = GPT(config)
+        load_weights(model, state, path)
     return model.eval(), load_tokenizer(checkpoint["tokenizer"]), checkpoint
+
+
+def cropped(config, tensors, block_size, source):
+    """A model's config and tensors -> those of the same model with fewer positions. UserError if it has too few."""
+    if block_size > config.block_size:
+        raise UserError(f"{source} was trained with {config.block_size} positions; block_size {block_size} needs more")
+    tensors = {name: t[:block_size] if name == "wpe.weight" else t for name, t in tensors.items()}
+    return dataclasses.replace(config, block_size=block_size), tensors
+
+
+# --- a checkpoint's probe: whether model.py still computes what it did when the checkpoint was saved ---
+
+@torch.no_grad()
+def probe(model):
+    """A few logits and the loss of the model for fixed ids, as one tensor on the CPU: the same for the same weights."""
+    config, device = model.config, next(model.parameters()).device
+    ids = (torch.arange(min(65, config.block_size + 1)) * 7919 % config.vocab_size)[None].to(device)
+    was_training, precision = model.training, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # without TF32
+    try:
+        logits, loss = model.eval()(ids[:, :-1], ids[:, 1:])
+    finally:
+        model.train(was_training)
+        torch.set_float32_matmul_precision(precision)
+    return torch.cat((logits[0, :, :64].flatten(), loss[None])).float().cpu()
+
+
+def check_probe(model, checkpoint, path):
+    """UserError if the checkpoint holds a probe and the model with its weights now gives another one."""
+    then = checkpoint.get("probe")
+    if not isinstance(then, torch.Tensor) or os.environ.get("GPT_CHANGED_MODEL") == "1":
+        return
+    now = probe(model)
+    difference = (now - then).abs().max().item() if now.shape == then.shape else math.inf
+    if not difference <= 1e-4 * max(1.0, then.abs().max().item()):
+        raise UserError(f"{path}: model.py computes something else than when this was saved (logits differ by up to "
+                        f"{difference:.2g}); restore model.py, or go on with GPT_CHANGED_MODEL=1 in the environment")
+
+
+# --- nanoGPT's checkpoints ---
+
+def from_nanogpt(checkpoint, path):
+    """The contents of nanoGPT's ckpt.pt -> a checkpoint of ours, to sample and to finetune. UserError if it is damaged,
+    or if its characters are not known. nanoGPT's GELU is exact, and GPT-2's and ours an approximation, so logits differ
+    slightly (docs/training.md)."""
+    shape, state = checkpoint["model_args"], checkpoint.get("model")
+    if not isinstance(shape, dict) or not isinstance(state, dict) or "vocab_size" not in shape:
+        raise UserError(f"{path} is damaged: nanoGPT's model and model_args should be there")
+    state = {name.removeprefix("_orig_mod.").removeprefix("transformer."): t for name, t in state.items()
+             if not name.endswith(".attn.bias")}  # the causal mask, which older versions keep
+    if shape["vocab_size"] == 50304:  # nanoGPT pads GPT-2's vocabulary with tokens that never occur
+        shape = shape | {"vocab_size": 50257}
+        state = {name: t[:50257] if name in ("wte.weight", "lm_head.weight") else t for name, t in state.items()}
+    if "wte.weight" in state:
+        state["lm_head.weight"] = state["wte.weight"]
+    return {"format_version": FORMAT_VERSION, "model": state, "model_config": shape,
+            "tokenizer": nanogpt_tokenizer(checkpoint.get("config") or {}, shape["vocab_size"], path)}
+
+
+def nanogpt_tokenizer(config, vocab_size, path):
+    """nanoGPT's checkpoint does not hold its tokenizer -> that of its dataset, if it lies where nanoGPT has it or was
+    prepared here. UserError if it is not found."""
+    if vocab_size == 50257:
+        return {"kind": "gpt2"}
+    dataset, data = str(config.get("dataset", "")), Path(__file__).resolve().parent / "data"
+    for meta in (path.parent / "meta.pkl", path.resolve().parent.parent / "data" / dataset / "meta.pkl"):
+        if meta.is_file():
+            tokenizer = read_nanogpt_characters(meta)
+            if tokenizer.vocab_size == vocab_size:
+                return tokenizer.state()
+    for meta in (data / dataset / "meta.json", *sorted(data.glob("*/meta.json"))):
+        if meta.is_file():
+            state = read_json(meta, {"tokenizer": (dict, None)}, "run prepare.py again")["tokenizer"]
+            if len(state.get("chars", "")) == vocab_size:
+                print(f"{path} has no tokenizer: taking the one of {meta.parent}", file=sys.stderr, flush=True)
+                return state
+    raise UserError(f"{path} does not say which {vocab_size} characters its ids stand for; import nanoGPT's dataset: "
+                    f"python prepare.py --dataset={dataset or 'NAME'} --input=nanoGPT/data/{dataset or 'NAME'}")
 
 
 def get_state(model, optimizers):
@@ -175,29 +278,31 @@ def move_earlier_run(folder):
 
 
 class Log:
-    """A run's log.csv, and the same figures for TensorBoard and Weights & Biases. A new run moves an earlier one out of
-    its folder; a resumed run keeps the rows up to iter_num. Only the main process writes."""
+    """A run's log.csv, and the same figures for TensorBoard and Weights & Biases, if `config` asks for them. A new run
+    moves an earlier one out of its folder. A run that resumes from `checkpoint` keeps the rows up to its step, and the
+    run at Weights & Biases. Only the main process writes."""
     COLUMNS = ["iter", "tokens", "seconds", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second"]
 
-    def __init__(self, folder, resumed, iter_num, config, tensorboard=False, wandb=False):
+    def __init__(self, folder, checkpoint, config):
         self.path, self.board, self.wandb = Path(folder, "log.csv"), None, None
+        self.wandb_id = checkpoint.get("wandb_id") if checkpoint else None
         if not is_main_process():
             return
         try:
-            if tensorboard:
+            if config["tensorboard"]:
                 from torch.utils.tensorboard import SummaryWriter
-            if wandb:
-                import wandb as weights_and_biases
+            if config["wandb"]:
+                import wandb
         except ImportError as e:
             raise UserError(f"--{e.name} needs: pip install {e.name}") from None
-        if not resumed:
+        if not checkpoint:
             move_earlier_run(Path(folder))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = []
-        if resumed and self.path.exists():
+        if checkpoint and self.path.exists():
             try:
                 with open(self.path, newline="", encoding="utf-8") as f:
-                    rows = [row for row in csv.DictReader(f, strict=True) if int(row["iter"]) <= iter_num]
+                    rows = [r for r in csv.DictReader(f, strict=True) if int(r["iter"]) <= checkpoint["iter_num"]]
                 if any(row.keys() != set(self.COLUMNS) for row in rows):
                     raise ValueError("it has other columns")
             except (ValueError, KeyError, TypeError, csv.Error) as e:
@@ -208,8 +313,11 @@ class Log:
             writer.writeheader()
             writer.writerows(rows)
         temporary.replace(self.path)
-        self.board = SummaryWriter(folder) if tensorboard else None
-        self.wandb = weights_and_biases.init(project="gpt", dir=folder, config=config) if wandb else None
+        self.board = SummaryWriter(folder) if config["tensorboard"] else None
+        if config["wandb"]:
+            self.wandb = wandb.init(project=config["wandb_project"], name=config["wandb_name"] or str(folder),
+                                    dir=folder, config=config, id=self.wandb_id, resume="allow")
+            self.wandb_id = self.wandb.id
 
     def write(self, **row):
         """Appends a row to log.csv; columns that are not given stay empty."""
@@ -243,10 +351,13 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 
 def load_pretrained(name_or_folder, block_size=None, dropout=0.0):
-    """Loads GPT-2 weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, the name of any GPT-2 on Hugging Face, or a folder
-    with config.json and the weights (safetensors, in one file or several, or pytorch_model.bin). Returns the model in
-    eval mode and the tokenizer, or None if the folder does not have GPT-2's. block_size cuts off later positions.
-    UserError if the weights cannot be read, or are not those of a GPT-2 that model.py can compute."""
+    """Loads the weights of a run of ours or of nanoGPT's (see find_checkpoint), or of a GPT-2: gpt2, gpt2-medium,
+    gpt2-large, gpt2-xl, the name of any GPT-2 on Hugging Face, or a folder with config.json and the weights
+    (safetensors, in one file or several, or pytorch_model.bin). Returns the model in eval mode and the tokenizer, or
+    None if a folder does not have GPT-2's. block_size cuts off later positions. UserError if the weights cannot be
+    read, or are not those of a GPT-2 that model.py can compute."""
+    if find_checkpoint(name_or_folder):
+        return load_model(name_or_folder, block_size, dropout)[:2]
     folder = Path(name_or_folder)
     is_name = not folder.is_dir()
     if is_name:
@@ -266,11 +377,7 @@ def load_pretrained(name_or_folder, block_size=None, dropout=0.0):
     elif not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
         raise UserError(f"{name_or_folder} has a head that is not tied to wte, which this model does not support")
     if block_size is not None:
-        if block_size > config.block_size:
-            raise UserError(f"{name_or_folder} was trained with {config.block_size} positions; block_size {block_size} "
-                            "needs more")
-        config.block_size = block_size
-        tensors["wpe.weight"] = tensors["wpe.weight"][:block_size]
+        config, tensors = cropped(config, tensors, block_size, name_or_folder)
     model = GPT(config)
     if all(t is not None and t.dtype == torch.float64 for t in tensors.values()):
         model = model.double()

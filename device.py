@@ -65,6 +65,12 @@ def can_compile(device):
     return found
 
 
+def to_device(ids, device):
+    """A numpy array of ids -> a tensor on the device. On CUDA it may still be on its way."""
+    ids = torch.from_numpy(ids.astype("int64"))
+    return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
+
+
 def synchronize(device):
     """Waits until the device has done all its work."""
     if device.type != "cpu":

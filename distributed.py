@@ -26,10 +26,12 @@ def is_main_process():
     return rank == 0
 
 
-def start(device):
-    """Joins the other processes, if torchrun started this one."""
+def start(device, strategy="ddp"):
+    """Joins the other processes, if torchrun started this one. UserError if the strategy needs several, but did not."""
     global store
     if not is_distributed:
+        if strategy == "fsdp":
+            raise UserError("strategy 'fsdp' divides the model among processes; start them with torchrun: see --help")
         return
     store = next(dist.rendezvous("env://"))[0]
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -77,6 +79,23 @@ def all_reduce_sum(value):
 def all_reduce_max(value):
     """The maximum of a number over all processes."""
     return all_reduce(value, "MAX")
+
+
+def check_same(number, what):
+    """UserError if the processes do not have the same number."""
+    if all_reduce_max(number) != -all_reduce_max(-number):
+        raise UserError(f"the processes find different {what}; copy the files to every machine, or share the folder")
+
+
+def divide(micro_steps, batch_size):
+    """The micro-steps of an optimizer step and the sequences of each -> those of this process. UserError if neither can
+    be divided by the number of processes."""
+    if micro_steps % world_size == 0:
+        return micro_steps // world_size, batch_size
+    if batch_size % world_size == 0:
+        return micro_steps, batch_size // world_size
+    raise UserError(f"{world_size} processes divide neither gradient_accumulation_steps, which is {micro_steps}, nor "
+                    f"batch_size, which is {batch_size}")
 
 
 def run_on_main_process(function, *args):

@@ -73,6 +73,30 @@ def _shown(value):
     return text if len(text) <= 60 else text[:60] + "..."
 
 
+def check(config, expected, is_good, *names):
+    """UserError for the first of these settings that is not as expected. One that is None is not checked."""
+    for name in names:
+        if config[name] is not None and not is_good(config[name]):
+            raise UserError(f"{name} must be {expected}, got {config[name]!r}")
+
+
+# --- datasets ---
+
+def prepare_dataset(folder, arguments, give_up):
+    """Runs prepare.py with these arguments, if there is no dataset in data/<dataset> yet. If it fails, it has said why,
+    and give_up is called with its exit code."""
+    import shlex
+    import subprocess
+    import sys
+    if not (folder / "meta.json").exists():
+        print(f"no dataset in {folder}: preparing it", flush=True)
+        words = shlex.split(arguments.replace("\\", "\\\\"))  # Windows' paths have backslashes
+        command = [sys.executable, folder.parents[1] / "prepare.py", f"--dataset={folder.name}", *words]
+        code = subprocess.run(command).returncode
+        if code:
+            give_up(code)
+
+
 def open_dataset(folder):
     """A folder that prepare.py wrote -> the contents of meta.json, and the ids of the training and the validation split
     as memory-mapped arrays. UserError if there is no dataset or if its files do not fit together."""

@@ -257,7 +257,7 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 16 bits are too imprecise for the loss
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), ignore_index=-1)
 
     @torch.no_grad()
     def attention_maps(self, idx):
@@ -286,14 +286,13 @@ class GPT(nn.Module):
 
     def num_parameters(self, embeddings=True):
         """The number of parameters, with or without wte (hence lm_head) and wpe. The shared matrix counts once."""
-        left_out = [] if embeddings else [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
-        return sum(p.numel() for p in self.parameters() if not any(p is q for q in left_out))
+        left_out = set() if embeddings else {m.weight for m in self.modules() if isinstance(m, nn.Embedding)}
+        return sum(p.numel() for p in self.parameters() if p not in left_out)
 
     def flops_per_token(self, T):
-        """Floating-point operations to train on one token of a sequence of T: 6 for each weight (forward a
-        multiplication and an addition, backward as much for the gradient of the input and for that of the weight;
-        lm_head counts, looking up an embedding does not), and 12 * n_layer * n_embd * T for attention's scores and
-        weighted sums (Chowdhery et al. 2022, PaLM, appendix B)."""
+        """Floating-point operations to train on one token of a sequence of T: 6 for each weight (2 forward, to multiply
+        and add; 4 backward, for the gradients of input and weight; embeddings are only looked up, but lm_head counts)
+        and 12 * n_layer * n_embd * T for attention (Chowdhery et al. 2022, PaLM, appendix B)."""
         layers = [module for module in self.modules() if not isinstance(module, nn.Embedding)]
         n = sum(p.numel() for layer in layers for p in layer.parameters(recurse=False))
         return 6 * n + 12 * self.config.n_layer * self.config.n_embd * T
@@ -325,11 +324,12 @@ class GPT(nn.Module):
         check_sampling(temperature, top_k, top_p, repetition_penalty)
         if max_new_tokens < 0 or num_samples < 1:
             raise ValueError(f"max_new_tokens ({max_new_tokens}) or num_samples ({num_samples}) is too small")
-        if idx.dim() != 2 or idx.numel() == 0:
-            raise ValueError(f"expected a prompt of shape (B, T) with T at least 1, got {tuple(idx.shape)}")
+        idx = torch.as_tensor(idx, device=self.wte.weight.device)  # lists of ids are welcome
+        if idx.dim() != 2 or idx.numel() == 0 or idx.is_floating_point():
+            raise ValueError(f"expected ids of shape (B, T) with T at least 1, got {idx.dtype} {tuple(idx.shape)}")
         if not 0 <= int(idx.min()) <= int(idx.max()) < self.config.vocab_size:
             raise ValueError(f"the prompt has an id outside the vocabulary of {self.config.vocab_size}")
-        block_size, was_training = self.config.block_size, self.training
+        idx, block_size, was_training = idx.long(), self.config.block_size, self.training
         self.eval()
         try:
             start = max(0, idx.size(1) - block_size)  # the model sees idx[:, start:]
@@ -364,8 +364,9 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, *args, num_samples=1, **kwargs):
         """idx (B, T) -> (B * num_samples, T + n), n <= max_new_tokens: the prompts and what follows them. The other
         arguments are those of `stream`."""
-        tokens = self.stream(idx, max_new_tokens, *args, num_samples=num_samples, **kwargs)
-        return torch.cat([idx.repeat_interleave(num_samples, dim=0), *(token[:, None] for token in tokens)], dim=1)
+        tokens = [t[:, None] for t in self.stream(idx, max_new_tokens, *args, num_samples=num_samples, **kwargs)]
+        idx = torch.as_tensor(idx, device=self.wte.weight.device).repeat_interleave(num_samples, dim=0)
+        return torch.cat([idx, *tokens], dim=1)
 
 
 # --- sampling: a chain of functions on logits (B, V), each defined as in Hugging Face's transformers ---
@@ -395,8 +396,7 @@ def scale_temperature(logits, temperature):
 def keep_top_k(logits, k):
     """Sets all but the k largest logits to -inf; ties with the k-th stay. No k suits every distribution: it keeps too
     many tokens where one is nearly certain (peaked), and too few where hundreds are equally good (flat)."""
-    kth = logits.topk(min(k, logits.size(-1))).values[:, -1:]
-    return logits.masked_fill(logits < kth, float("-inf"))
+    return logits.masked_fill(logits < logits.topk(min(k, logits.size(-1))).values[:, -1:], float("-inf"))
 
 
 def keep_top_p(logits, p):

@@ -1,7 +1,7 @@
 """What turns gradients into steps: AdamW, Muon, which parameters go to which, and the learning rate's schedule.
 
     optimizers = make_optimizers(model, "muon", learning_rate=3e-3, muon_learning_rate=0.02)
-    scale = schedule(step, warmup_iters=100, max_iters=2000, min_ratio=0.1)    # times every group's peak rate
+    scale = schedule(step, warmup_iters=100, decay_iters=2000, final=0.1)      # times every group's peak rate
 """
 import math
 
@@ -12,13 +12,13 @@ from files import UserError
 from model import CausalSelfAttention
 
 
-def schedule(step, warmup_iters, max_iters, min_ratio):
+def schedule(step, warmup_iters, decay_iters, final):
     """The learning rate of a step (from 0) as a share of its peak: linear warmup over warmup_iters steps, then half a
-    cosine down to min_ratio at max_iters (Loshchilov & Hutter 2017, SGDR, without restarts)."""
+    cosine down to `final` at step decay_iters, where it stays (Loshchilov & Hutter 2017, SGDR, without restarts)."""
     if step < warmup_iters:
         return (step + 1) / (warmup_iters + 1)
-    progress = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
-    return min_ratio + (1.0 - min_ratio) * (1.0 + math.cos(math.pi * progress)) / 2.0
+    progress = min(1.0, (step - warmup_iters) / max(1, decay_iters - warmup_iters))
+    return final + (1.0 - final) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
 # --- Muon ---

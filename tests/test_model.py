@@ -239,11 +239,3 @@ def test_dropout_acts_on_the_attention_weights():
     mixed = torch.stack([layer.attend(q, k, v, torch.arange(8)) for _ in range(3000)])
     assert not torch.equal(mixed[0], mixed[1])
     torch.testing.assert_close(mixed.mean(0), y, atol=0.15, rtol=0)  # dropped weights are made up for by the others
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_set_dropout_reaches_every_layer(dropout):
-    model = small(dropout=0.5)
-    model.set_dropout(dropout)
-    rates = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    assert rates == [dropout] * (1 + 3 * 2) and model.config.dropout == dropout

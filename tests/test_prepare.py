@@ -56,10 +56,16 @@ def write_documents(path, documents):
 
 def small_pieces(project):
     """Makes prepare.py work in pieces and batches of so few characters that small texts have many of them."""
-    source = (project.folder / "prepare.py").read_text()
-    assert "PIECE = 1 << 20" in source and "BATCH = 16 << 20" in source
-    source = source.replace("PIECE = 1 << 20", "PIECE = 1001").replace("BATCH = 16 << 20", "BATCH = 20000")
-    (project.folder / "prepare.py").write_text(source)
+    for name, large, small in (("readers.py", "PIECE = 1 << 20", "PIECE = 1001"),
+                               ("prepare.py", "BATCH = 16 << 20", "BATCH = 20000")):
+        source = (project.folder / name).read_text()
+        assert large in source
+        (project.folder / name).write_text(source.replace(large, small))
+
+
+def normal(text):
+    """A text as every reader turns it: with \\n for each line end."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def hard_text(n):
@@ -76,6 +82,7 @@ def test_pieces_give_the_ids_of_the_whole(project):
     small_pieces(project)
     project.run("prepare.py", "--dataset=mine", "--input=book.txt", "--tokenizer=gpt2", "--val_fraction=0.25")
     meta, train, val = read(project, "mine")
+    text = normal(text)
     assert train + val == BPETokenizer().encode(text)
     assert meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
     assert len(val) == len(train + val) - int(len(train + val) * 0.75)
@@ -111,11 +118,12 @@ def test_documents(project, tokenizer, suffix):
     small_pieces(project)  # the longest document is cut
     project.run("prepare.py", "--dataset=mine", f"--input=corpus{suffix}", f"--tokenizer={tokenizer}")
     meta, train, val = read(project, "mine")
-    tok = BPETokenizer() if tokenizer == "gpt2" else CharTokenizer.from_text("\n".join(DOCUMENTS))
+    documents = [normal(text) for text in DOCUMENTS]
+    tok = BPETokenizer() if tokenizer == "gpt2" else CharTokenizer.from_text("\n".join(documents))
     assert meta["tokenizer"] == tok.state()
-    assert train + val == ids_of(tok, DOCUMENTS)
+    assert train + val == ids_of(tok, documents)
     assert (meta["documents"], meta["bad_records"]) == (7, 0)
-    text = ("<|endoftext|>" if tok.eot else "\n").join(DOCUMENTS)
+    text = ("<|endoftext|>" if tok.eot else "\n").join(documents)
     assert meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -261,7 +269,7 @@ def test_killed_and_started_again(project, tokenizer, name, how):
     process = subprocess.Popen(project.command("prepare.py", *arguments), cwd=project.folder,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     progress = project.folder / "data/mine/.partial/progress.json"
-    while not progress.exists() or json.loads(progress.read_text())["pieces"] < 60:
+    while not progress.exists() or json.loads(progress.read_text())["tokens.bin"]["pieces"] < 60:
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(how)
@@ -274,7 +282,9 @@ def test_killed_and_started_again(project, tokenizer, name, how):
     assert not (project.folder / "data/mine/meta.json").exists()
     assert "continuing" in project.run("prepare.py", *arguments)
     meta, train, val = read(project, "mine")
-    tok = BPETokenizer() if tokenizer == "gpt2" else CharTokenizer.from_text(text + "\n")
+    tok, documents = BPETokenizer(), [normal(text) for text in documents]
+    if tokenizer == "char":
+        tok = CharTokenizer.from_text("\n".join(documents))
     assert train + val == ids_of(tok, documents)
     between = "<|endoftext|>" if tok.eot else "\n"
     assert meta["sha256"] == hashlib.sha256(between.join(documents).encode()).hexdigest()
@@ -304,7 +314,7 @@ def stopped_before(line, folder):
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory):
     """Stopped when every piece was encoded."""
-    return stopped_before("n_train, n_val = split(", tmp_path_factory.mktemp("encoded"))
+    return stopped_before("train, val = split(", tmp_path_factory.mktemp("encoded"))
 
 
 @pytest.fixture(scope="module")
@@ -325,8 +335,9 @@ def run_again(project, name, damage):
     path.write_bytes(changed if isinstance(changed, bytes) else json.dumps(changed).encode())
     printed = project.run("prepare.py", *JOB)
     meta, train, val = read(project, "mine")
-    assert train + val == CharTokenizer.from_text(TEXT_OF_JOB).encode(TEXT_OF_JOB)
-    assert meta["sha256"] == hashlib.sha256(TEXT_OF_JOB.encode()).hexdigest()
+    text = normal(TEXT_OF_JOB)
+    assert train + val == CharTokenizer.from_text(text).encode(text)
+    assert meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
     return "continuing" in printed
 
 
@@ -339,13 +350,16 @@ NOT_JSON = [b"", b"{", b"null", b"[]", b"3", b"\xff", b"[" * 100_000, b"{}"]
 
 
 @pytest.mark.parametrize("damage", NOT_JSON + [
-    lambda p: p | {"pieces": "60"}, lambda p: p | {"pieces": -1}, lambda p: p | {"pieces": 2.5},
-    lambda p: p | {"tokens": True}, lambda p: p | {"tokens": None}, lambda p: p | {"tokens": 10 ** 12},
+    *({"pieces": x} for x in ("60", -1, 2.5)), *({"tokens": x} for x in (True, None, 10 ** 12)), {},
+    lambda p: p | {"tokens.bin": []}, lambda p: {k: v for k, v in p.items() if k != "val.bin"},
     lambda p: p | {"job": []}, lambda p: p | {"job": {}}, lambda p: p | {"tokenizer": "char"},
     lambda p: p | {"tokenizer": {}}, lambda p: p | {"tokenizer": {"kind": "gpt2"}},
     lambda p: p | {"tokenizer": {"kind": "char", "chars": ["a"]}}, lambda p: p | {"tokenizer": {"kind": "char"}},
-    lambda p: {k: v for k, v in p.items() if k != "tokens"}])
+    lambda p: p | {"tokenizer": 3}])
 def test_a_damaged_progress_json_starts_over(encoded, damage):
+    if isinstance(damage, dict):  # a damaged count of pieces or tokens; {}: neither is there
+        changed = damage
+        damage = lambda p: p | {"tokens.bin": (p["tokens.bin"] if changed else {}) | changed}  # noqa: E731
     assert not run_again(encoded, "progress.json", damage)
 
 

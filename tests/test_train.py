@@ -19,8 +19,11 @@ LOSSES = ["iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm"]
 
 
 def rows(folder, columns=LOSSES):
+    """The columns of a run's log, without the row of step 0, which has two losses only."""
     with open(folder / "log.csv", newline="") as f:
-        return [[row[c] for c in columns] for row in csv.DictReader(f)]
+        first, *rest = csv.DictReader(f)
+        assert first["iter"] == "0" and float(first["val_loss"]) > 0
+        return [[row[c] for c in columns] for row in rest]
 
 
 def same_state(a, b):

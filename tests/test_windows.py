@@ -42,7 +42,7 @@ def windows(tmp_path_factory):
 
 def test_text_in_many_alphabets(windows):
     meta = json.loads((windows.folder / "data/world/meta.json").read_text(encoding="utf-8"))
-    assert set(meta["tokenizer"]["chars"]) == set(WORLD) | {"\r"}
+    assert set(meta["tokenizer"]["chars"]) == set(WORLD)
     start = "春天 ☕ “Müller”"
     assert windows.run("sample.py", f"--start={start}", "--max_new_tokens=30").startswith(start)
     error = windows.fails("sample.py", "--start=Ω")
@@ -88,7 +88,7 @@ def test_a_run_is_resumed_exported_and_moved_away(windows):
     windows.run("train.py", "--init_from=resume", "--out_dir=run", "--max_iters=6")
     assert load_checkpoint(windows.folder / "run" / "latest.pt")["iter_num"] == 6
     log = (windows.folder / "run" / "log.csv").read_bytes()
-    assert log.count(b"\r\n") == 4 == log.count(b"\n")  # csv's line ends, whatever the system
+    assert log.count(b"\r\n") == 5 == log.count(b"\n")  # csv's line ends, whatever the system
     windows.run("checkpoint.py", "--out_dir=run", "--export=exported")
     windows.run("checkpoint.py", "--out_dir=run", "--export=exported")
     assert "moved it to run.1" in windows.run(*how)

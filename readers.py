@@ -1,0 +1,195 @@
+"""Reads the files that prepare.py accepts and yields their documents: text, JSON, Parquet, compressed or not.
+
+    for document in read_documents(Path("web.jsonl.gz"), "text", bad=[], notes=Counter()):
+        for text, position in document: ...      # about PIECE characters at a time
+
+Every reader removes byte order marks, turns the line ends \\r\\n and \\r into \\n, and refuses NUL characters.
+"""
+import bz2
+import codecs
+import contextlib
+import gzip
+import io
+import itertools
+import json
+import lzma
+import zlib
+from pathlib import Path
+
+from files import UserError
+
+PIECE = 1 << 20    # bytes or characters that are read in one go, about
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+OPENWEBTEXT = Path("Skylion007/openwebtext")  # its name on Hugging Face, used instead of a file's path
+OPENWEBTEXT_DOCUMENTS = 8_013_769             # used instead of a file's size
+
+
+def kind_of(path):
+    """The ending that says what a file holds, such as .jsonl for a.jsonl and a.jsonl.gz."""
+    return next((s for s in reversed([s.lower() for s in path.suffixes]) if s not in COMPRESSED), "")
+
+
+@contextlib.contextmanager
+def opened(path):
+    """Opens a file, decompressed if its name says so -> a binary stream, and a function that returns how many bytes of
+    the file have been read. UserError if it is damaged."""
+    decompress = COMPRESSED.get(path.suffix.lower(), lambda raw: contextlib.nullcontext(raw))
+    try:
+        with open(path, "rb") as raw, decompress(raw) as f:
+            yield f, raw.tell
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as e:
+        if isinstance(e, OSError) and e.errno is not None:
+            raise
+        raise UserError(f"{path} is damaged or not a {path.suffix} file ({e})") from None
+
+
+def size_of(path):
+    """The size of a file in bytes, or of openwebtext in documents: the unit of the progress bar."""
+    return OPENWEBTEXT_DOCUMENTS if path == OPENWEBTEXT else path.stat().st_size
+
+
+def read_text(path, notes):
+    """Yields (text, bytes read so far), about PIECE bytes at a time. UserError if the file is not text in UTF-8."""
+    decoder, newlines, offset = codecs.getincrementaldecoder("utf-8")(), io.IncrementalNewlineDecoder(None, True), 0
+    with opened(path) as (f, position):
+        while True:
+            start = offset - len(decoder.getstate()[0])
+            chunk = f.read(PIECE)
+            offset += len(chunk)
+            if b"\0" in chunk:
+                where = offset - len(chunk) + chunk.find(0)
+                raise UserError(f"{path} is not text: it has a NUL byte at offset {where}; "
+                                "text in UTF-16 must be converted to UTF-8 first, for example with iconv")
+            try:
+                text = newlines.decode(decoder.decode(chunk, final=not chunk), final=not chunk)
+            except UnicodeDecodeError as e:
+                raise UserError(f"{path} is not UTF-8: byte 0x{e.object[e.start]:02x} at offset {start + e.start}; "
+                                "convert it first, for example with iconv") from None
+            yield without_mark(text, notes) if start == 0 else text, position()
+            if not chunk:
+                notes["line ends"] += bool({"\r", "\r\n"} & set(flat(newlines.newlines)))
+                return
+
+
+def flat(newlines):
+    """What IncrementalNewlineDecoder has seen: None, a string or a tuple of strings -> a tuple."""
+    return newlines if isinstance(newlines, tuple) else (newlines,)
+
+
+def without_mark(text, notes):
+    """The beginning of a text, without the byte order mark that some editors put there."""
+    notes["byte order marks"] += text.startswith("\ufeff")
+    return text.removeprefix("\ufeff")
+
+
+def read_json_lines(path):
+    """Yields (line number, line, bytes read so far). Skips empty lines."""
+    with opened(path) as (f, position):
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                yield number, line, position()
+
+
+def read_json_file(path):
+    """Yields (number, line or record, bytes read so far) of a .json file, which is an array of records, a single record
+    or, as in a .jsonl file, a record on each line. UserError if it is none of these."""
+    lines = read_json_lines(path)
+    head = list(itertools.islice(lines, 2))
+    try:
+        one_per_line = len(head) == 2 or not isinstance(json.loads(head[0][1].decode("utf-8-sig")), list)
+        json.loads(head[0][1].decode("utf-8-sig"))
+    except (IndexError, ValueError, RecursionError):
+        one_per_line = False
+    if one_per_line:
+        yield from itertools.chain(head, lines)
+        return
+    with opened(path) as (f, _):
+        try:
+            found = json.loads(f.read().decode("utf-8-sig"))
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path} is not JSON: {e}") from None
+    found = found if isinstance(found, list) else [found]
+    for number, record in enumerate(found, 1):
+        yield number, record, size_of(path) * number // len(found)
+
+
+def read_parquet(path, text_key):
+    """Yields (row number, value in the column text_key, approximate bytes read so far)."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{path} can only be read with pyarrow: pip install pyarrow") from None
+    try:
+        with ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as table:  # a row group may not fit into memory
+            if text_key not in table.schema_arrow.names:
+                raise UserError(f"{path} has no column {text_key!r} but {table.schema_arrow.names}; "
+                                "name the one to read with --text_key")
+            number, size, total = 0, size_of(path), table.metadata.num_rows
+            for rows in table.iter_batches(batch_size=100, columns=[text_key]):
+                for value in rows.column(0):
+                    number += 1
+                    yield number, {text_key: value.as_py()}, size * number // total
+    except (pyarrow.ArrowException, OSError) as e:
+        raise UserError(f"{path} cannot be read as Parquet: {e}") from e
+
+
+def read_openwebtext():
+    """Yields (number, record, the number again) while Hugging Face streams the records."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError("openwebtext is streamed with Hugging Face's datasets: pip install datasets") from None
+    try:
+        try:
+            records = load_dataset(str(OPENWEBTEXT), split="train", streaming=True)
+        except RuntimeError:  # datasets 4 refuses the script of that repository; Hugging Face keeps a copy as Parquet
+            records = load_dataset(str(OPENWEBTEXT), split="train", streaming=True, revision="refs/convert/parquet")
+        for number, record in enumerate(records, 1):
+            yield number, record, number
+    except Exception as e:
+        raise UserError(f"{OPENWEBTEXT} cannot be streamed: {e}; the same command tries again and continues") from e
+
+
+def text_of(record, text_key, notes):
+    """A record, a string or an object with the key text_key -> its text. ValueError if it has none."""
+    if isinstance(record, bytes):
+        record = json.loads(record.rstrip().decode("utf-8-sig"))
+    if isinstance(record, dict):
+        if text_key not in record:
+            raise ValueError(f"no key {text_key!r} (--text_key) among {str(list(record)):.80}")
+        record = record[text_key]
+        if not isinstance(record, str):
+            raise ValueError(f"{text_key!r} is not a string but {type(record).__name__}")
+    elif not isinstance(record, str):
+        raise ValueError(f"not an object with the key {text_key!r} but {type(record).__name__}")
+    record.encode()  # JSON can hold half a surrogate pair; UTF-8 cannot
+    if "\0" in record:
+        raise ValueError("the text has a NUL character")
+    notes["line ends"] += "\r" in record
+    return without_mark(record, notes).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_documents(path, text_key, bad, notes):
+    """Yields each document of a file as an iterator over (text, position in the file). Records without a text are
+    skipped. The list `bad` gets an entry for each, and the first three entries say why. `notes` counts the documents in
+    which something was changed."""
+    if path == OPENWEBTEXT:
+        records = read_openwebtext()
+    elif kind_of(path) in (".jsonl", ".ndjson"):
+        records = read_json_lines(path)
+    elif kind_of(path) == ".json":
+        records = read_json_file(path)
+    elif kind_of(path) == ".parquet":
+        records = read_parquet(path, text_key)
+    else:
+        yield read_text(path, notes)
+        return
+    for number, record, position in records:
+        try:
+            text = text_of(record, text_key, notes)
+        except (ValueError, RecursionError) as e:  # RecursionError: thousands of brackets
+            why = f"invalid JSON: {e.msg}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
+            bad.append(f"{path}:{number}: {why}" if len(bad) < 3 else "")
+            continue
+        yield ((text[i:i + PIECE], position) for i in range(0, max(1, len(text)), PIECE))
