@@ -1,0 +1,253 @@
+"""What a run promises over its life: a schedule that stays, a best model that stays the best, figures that compare, and
+a checkpoint that knows whether model.py still computes what it did."""
+import csv
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint import load_checkpoint, load_model
+from conftest import TEXT, TINY
+from test_train import rows
+
+
+def losses(folder):
+    """(step, validation loss) of each evaluation in a run's log."""
+    with open(folder / "log.csv", newline="") as f:
+        return [(int(row["iter"]), float(row["val_loss"])) for row in csv.DictReader(f) if row["val_loss"]]
+
+
+# --- the schedule ---
+
+def rates(folder):
+    return [float(rate) for rate, in rows(folder, ["lr"])]
+
+
+def test_training_longer_does_not_move_the_schedule(trained):
+    how = [*TINY, "--max_iters=30", "--log_interval=1", "--final_lr_fraction=0.2"]
+    trained.run("train.py", *how, "--out_dir=longer")
+    planned = rates(trained.folder / "longer")
+    trained.run("train.py", "--init_from=resume", "--out_dir=longer", "--max_iters=60")
+    found = rates(trained.folder / "longer")
+    assert found[:30] == planned and found[30:] == pytest.approx([0.2 * 1e-3] * 30)
+    # With lr_decay_iters named, the rate follows the new schedule.
+    trained.run("train.py", "--init_from=resume", "--out_dir=longer", "--max_iters=80", "--lr_decay_iters=100")
+    assert rates(trained.folder / "longer")[60] > 2 * found[-1]
+
+
+def test_a_run_ends_where_its_schedule_does_or_before(trained):
+    trained.run("train.py", *TINY, "--max_iters=20", "--lr_decay_iters=40", "--log_interval=1", "--out_dir=half")
+    half = rates(trained.folder / "half")
+    trained.run("train.py", "--init_from=resume", "--out_dir=half", "--max_iters=40")
+    trained.run("train.py", *TINY, "--max_iters=40", "--log_interval=1", "--out_dir=full")
+    full = rates(trained.folder / "full")
+    assert half == full[:20] and rates(trained.folder / "half") == full
+
+
+def test_an_old_checkpoints_schedule(trained):
+    """Format 2 had an absolute min_lr, and the schedule always ended at max_iters."""
+    checkpoint = load_checkpoint(trained.folder / "out" / "latest.pt")
+    config = {k: v for k, v in checkpoint["config"].items() if k not in ("final_lr_fraction", "lr_decay_iters")}
+    for name in ("probe", "text", "wandb_id"):
+        del checkpoint[name]
+    (trained.folder / "old").mkdir()
+    torch.save(checkpoint | {"format_version": 2, "config": config | {"min_lr": 5e-4, "learning_rate": 1e-3}},
+               trained.folder / "old" / "latest.pt")
+    new = load_checkpoint(trained.folder / "old" / "latest.pt")["config"]
+    assert (new["final_lr_fraction"], new["lr_decay_iters"]) == (0.5, 60) and "min_lr" not in new
+    trained.run("train.py", "--init_from=resume", "--out_dir=old", "--max_iters=70")
+    with open(trained.folder / "old" / "log.csv", newline="") as f:
+        assert [float(row["lr"]) for row in csv.DictReader(f)] == pytest.approx([5e-4] * 2)
+
+
+# --- the best model ---
+
+def test_step_0_is_in_the_log(trained):
+    step, loss = losses(trained.folder / "out")[0]
+    V = load_model(trained.folder / "out")[0].config.vocab_size
+    assert step == 0 and loss == pytest.approx(math.log(V), abs=0.1)
+
+
+def test_finetuning_does_not_lose_a_better_model(trained):
+    """From a run of one's own, by its folder and by its file, at a rate that ruins the model."""
+    before = load_checkpoint(trained.folder / "out" / "best.pt")
+    for n, source in enumerate(("out", "out/best.pt")):
+        printed = trained.run("train.py", f"--init_from={source}", "--dataset=tiny", f"--out_dir=ruined{n}",
+                              "--batch_size=8", "--max_iters=20", "--eval_interval=10", "--learning_rate=1",
+                              "--dtype=float32")
+        first, *later = losses(trained.folder / f"ruined{n}")
+        assert first[1] == pytest.approx(before["best_val_loss"], abs=0.01)
+        assert all(loss > first[1] for _, loss in later)
+        assert f"lowest validation loss {first[1]:.4f}" in printed
+        after = load_checkpoint(trained.folder / f"ruined{n}" / "best.pt")
+        assert after["best_val_loss"] == pytest.approx(first[1])
+        assert all(torch.equal(t, after["model"][name]) for name, t in before["model"].items())
+        assert load_checkpoint(trained.folder / f"ruined{n}" / "latest.pt")["config"]["optimizer"] == "adamw"
+
+
+def test_a_runs_weights_with_fewer_positions_and_dropout(trained):
+    trained.run("train.py", "--init_from=out", "--dataset=tiny", "--out_dir=short", "--block_size=16", "--max_iters=2",
+                "--dropout=0.3")
+    model, _, _ = load_model(trained.folder / "short")
+    assert (model.config.block_size, model.config.dropout) == (16, 0.3)
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
+    error = trained.fails("train.py", "--init_from=out", "--dataset=tiny", "--block_size=64")
+    assert "block_size 64 needs more" in error
+
+
+def test_another_text_with_as_many_characters_is_refused(trained):
+    other = TEXT.translate({ord(c): ord(c) + 256 for c in set(TEXT)})
+    (trained.folder / "greek.txt").write_text(other, encoding="utf-8")
+    trained.run("prepare.py", "--dataset=greek", "--input=greek.txt")
+    assert "its tokenizer is not the dataset's" in trained.fails("train.py", "--init_from=out", "--dataset=greek")
+
+
+def test_the_best_loss_starts_anew_with_another_text(trained):
+    shutil.copytree(trained.folder / "out", trained.folder / "moved")
+    (trained.folder / "shuffled.txt").write_text("".join(sorted(TEXT)))  # the same characters, and harder to predict
+    trained.run("prepare.py", "--dataset=shuffled", "--input=shuffled.txt")
+    printed = trained.run("train.py", "--init_from=resume", "--out_dir=moved", "--dataset=shuffled", "--max_iters=80")
+    assert "shuffled is another text than before" in printed
+    best = load_checkpoint(trained.folder / "moved" / "best.pt")
+    assert best["text"]["dataset"] == "shuffled" and best["iter_num"] == 80
+
+
+# --- bits per byte ---
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_bits_per_byte(project, tokenizer):
+    text = TEXT + "é" * 500
+    (project.folder / "a.txt").write_text(text, encoding="utf-8")
+    project.run("prepare.py", "--dataset=mine", "--input=a.txt", f"--tokenizer={tokenizer}")
+    printed = project.run("train.py", *TINY, "--dataset=mine", "--max_iters=2", "--n_embd=16")
+    meta = json.loads((project.folder / "data" / "mine" / "meta.json").read_text())
+    _, tok, _ = load_model(project.folder / "out")
+    ids = np.fromfile(project.folder / "data" / "mine" / "val.bin", dtype="<u2").tolist()
+    size = len(b"".join(tok.token_bytes(i) for i in ids))
+    assert meta["val_bytes"] == size and abs(size - len(tok.decode(ids).encode())) <= 2  # the cut may halve a character
+    bits = losses(project.folder / "out")[-1][1] * len(ids) / math.log(2) / size
+    assert float(printed.split(" bits per byte)")[-2].split("(")[-1]) == pytest.approx(bits, abs=1e-4)
+    project.run("plot.py", "--what=loss", "--y=bits", "--file=bits.svg")
+    assert f"at the end {bits:.3f}" in (project.folder / "bits.svg").read_text()
+
+
+# --- the probe ---
+
+CHANGES = {  # of one character or a few: what model.py computes changes
+    "exact GELU": ('approximate="tanh"', 'approximate="none"'),
+    "mask": ("> positions[:, None]", ">= positions[:, None] + 2"),
+    "scale": ("math.sqrt(q.size(-1))", "math.sqrt(q.size(-2))"),
+    "residual": ("x = x + self.mlp", "x = x - self.mlp"),
+    "norm": ("self.mlp(self.ln_2(x))", "self.mlp(self.ln_1(x))"),
+    "final norm": ("self.lm_head(self.ln_f(x))", "self.lm_head(x)")}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_noticed(trained, tmp_path, change):
+    from conftest import Project
+    project, (old, new) = Project(tmp_path), CHANGES[change]
+    for folder in ("data", "out"):
+        shutil.copytree(trained.folder / folder, project.folder / folder)
+    source = (project.folder / "model.py").read_text()
+    assert source.count(old) == 1
+    (project.folder / "model.py").write_text(source.replace(old, new))
+    scripts = [("sample.py", "--max_new_tokens=2"), ("train.py", "--init_from=resume", "--max_iters=70"),
+               ("checkpoint.py", "--export=exported"), ("plot.py",), ("train.py", "--init_from=out", "--dataset=tiny")]
+    for script in scripts if change == "exact GELU" else scripts[:1]:
+        assert "model.py computes something else than when this was saved" in project.fails(*script)
+    project.run("sample.py", "--max_new_tokens=2", env={"GPT_CHANGED_MODEL": "1"})
+
+
+def test_an_unchanged_model_is_not(trained, tmp_path):
+    from conftest import Project
+    project = Project(tmp_path)
+    shutil.copytree(trained.folder / "out", project.folder / "out")
+    source = (project.folder / "model.py").read_text()
+    (project.folder / "model.py").write_text(source.replace("# a smooth ReLU", "# smooth"))
+    for dtype in ("float32", "bfloat16", "float16", "int8"):
+        assert project.finish("sample.py", "--max_new_tokens=2", f"--dtype={dtype}").stderr == ""
+
+
+# --- Weights & Biases ---
+
+def test_a_resumed_run_continues_at_weights_and_biases(trained, tmp_path):
+    """By a stand-in, which is found first as it lies beside the script."""
+    (trained.folder / "wandb.py").write_text("""
+import json
+def init(**how):
+    print("wandb", json.dumps({k: how[k] for k in ("project", "name", "id", "resume")}))
+    return Run(how["id"] or "new-id")
+class Run:
+    def __init__(self, id): self.id = id
+    def log(self, row, step): pass
+    def finish(self): pass
+""")
+    try:
+        first = trained.run("train.py", *TINY, "--max_iters=2", "--wandb", "--wandb_project=plays", "--out_dir=w")
+        again = trained.run("train.py", "--init_from=resume", "--out_dir=w", "--max_iters=4", "--wandb_name=mine")
+    finally:
+        (trained.folder / "wandb.py").unlink()
+    found = [json.loads(line[6:]) for line in (first + again).splitlines() if line.startswith("wandb {")]
+    assert found == [dict(project="plays", name="w", id=None, resume="allow"),
+                     dict(project="plays", name="mine", id="new-id", resume="allow")]
+
+
+# --- sample.py ---
+
+def test_newlines_and_tabs_are_written_as_in_a_shell(project):
+    (project.folder / "a.txt").write_text("a\tb\\n\n" * 200)
+    project.run("prepare.py", "--dataset=mine", "--input=a.txt")
+    project.run("train.py", *TINY, "--dataset=mine", "--max_iters=60", "--dropout=0")
+    printed = project.run("sample.py", r"--start=\na\tb\\n", "--max_new_tokens=30", "--temperature=0")
+    assert printed.startswith("\na\tb\\n\na\tb")
+    assert project.run("sample.py", "--start=a", r"--stop=\n", "--temperature=0") == "a\tb\\n\n"
+
+
+def test_a_text_without_newlines_has_a_default_prompt(project):
+    (project.folder / "a.txt").write_text("abcabc " * 200)
+    project.run("prepare.py", "--dataset=mine", "--input=a.txt")
+    project.run("train.py", *TINY, "--dataset=mine", "--max_iters=2")
+    assert len(project.run("sample.py", "--max_new_tokens=9")) == 11
+
+
+def test_the_end_of_text_token_as_a_prompt(project):
+    (project.folder / "a.jsonl").write_text("\n".join(json.dumps(line) for line in TEXT.splitlines()))
+    project.run("prepare.py", "--dataset=mine", "--input=a.jsonl", "--tokenizer=gpt2")
+    project.run("train.py", *TINY, "--dataset=mine", "--max_iters=2", "--n_embd=16")
+    how = ["--max_new_tokens=8", "--temperature=0"]
+    assert project.run("sample.py", "--start=<|endoftext|>", *how) == project.run("sample.py", "--start=", *how)
+    model, tok, _ = load_model(project.folder / "out")
+    ids = tok.encode("The old") + [tok.eot] + tok.encode(" fox")
+    expected = tok.decode(model.generate([ids], 8, temperature=0, eos_id=tok.eot)[0].tolist())
+    printed = project.run("sample.py", "--start=The old<|endoftext|> fox", *how)
+    assert printed == expected.replace("<|endoftext|>", "") + "\n"
+
+
+def test_prompts_from_the_keyboard(trained):
+    import subprocess
+    done = subprocess.run(trained.command("sample.py", "--interactive", "--max_new_tokens=5"), cwd=trained.folder,
+                          input="The\n\n€\nand\n", capture_output=True, text=True, encoding="utf-8")
+    first, second, end = done.stdout.split("\n", 2)
+    assert done.returncode == 0 and first.startswith("The") and second.startswith("and") and end.strip() == ""
+    assert done.stderr.startswith("error: character '€'") and done.stderr.count("\n") == 1
+
+
+# --- the model as a library ---
+
+def test_ids_may_be_lists_and_integers_of_any_width(trained):
+    model, tok, _ = load_model(trained.folder / "out")
+    ids = tok.encode("The old")
+    expected = model.generate(torch.tensor([ids]), 5, temperature=0)
+    for other in ([ids], np.array([ids]), torch.tensor([ids], dtype=torch.int32)):
+        assert torch.equal(model.generate(other, np.int64(5), temperature=0, repetition_penalty=1.0), expected)
+    assert torch.isfinite(model(torch.tensor([ids], dtype=torch.int32), torch.tensor([ids], dtype=torch.int32))[1])
+    for bad in (ids, [[1.5]], [[]]):
+        with pytest.raises(ValueError, match=r"expected ids of shape \(B, T\)"):
+            model.generate(bad, 5)
+    model.train()
+    with pytest.raises(ValueError, match="exceeds block_size"):
+        model.attention_maps(torch.zeros(1, 33, dtype=torch.long))
+    assert model.training
