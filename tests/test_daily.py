@@ -106,12 +106,13 @@ def test_another_text_with_as_many_characters_is_refused(trained):
 
 
 def test_the_best_loss_starts_anew_with_another_text(trained):
-    shutil.copytree(trained.folder / "out", trained.folder / "moved")
+    shutil.copytree(trained.folder / "out", trained.folder / "elsewhere")
     (trained.folder / "shuffled.txt").write_text("".join(sorted(TEXT)))  # the same characters, and harder to predict
     trained.run("prepare.py", "--dataset=shuffled", "--input=shuffled.txt")
-    printed = trained.run("train.py", "--init_from=resume", "--out_dir=moved", "--dataset=shuffled", "--max_iters=80")
+    printed = trained.run("train.py", "--init_from=resume", "--out_dir=elsewhere", "--dataset=shuffled",
+                          "--max_iters=80")
     assert "shuffled is another text than before" in printed
-    best = load_checkpoint(trained.folder / "moved" / "best.pt")
+    best = load_checkpoint(trained.folder / "elsewhere" / "best.pt")
     assert best["text"]["dataset"] == "shuffled" and best["iter_num"] == 80
 
 
