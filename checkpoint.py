@@ -14,19 +14,23 @@ export: str | None = None    # the folder to write: config.json, model.safetenso
 if __name__ == "__main__":  # settings are read before the heavy imports, so that --help and a typo answer at once
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 
+import contextlib
 import copy
 import csv
 import dataclasses
+import io
 import json
 import math
 import sys
+import zipfile
 from pathlib import Path
 
+import filelock
 import torch
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from distributed import is_main_process
+from distributed import is_main_process, print_once
 from files import UserError, read_json, write_atomically
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, fetch_vocabulary, load_tokenizer, read_nanogpt_characters
@@ -40,7 +44,7 @@ def save_checkpoint(path, checkpoint):
     """Writes a dict of tensors and plain values to `path`. The file appears whole or not at all: it is written under
     another name, synced to the disk, then renamed. UserError if a tensor is not finite or the file cannot be written.
     The previous file then stays as it was."""
-    check_finite(checkpoint)
+    check_finite(checkpoint, "checkpoint", ", so nothing was saved; try a lower learning rate")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -56,17 +60,17 @@ def save_checkpoint(path, checkpoint):
         raise UserError(f"{path} cannot be written: {first_line(e)}") from e
 
 
-def check_finite(value, name="checkpoint"):
+def check_finite(value, name, advice=""):
     """UserError if a tensor in this value is not finite."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"{name} is not finite, so nothing was saved; try a lower learning rate")
+            raise UserError(f"{name} is not finite{advice}")
     elif isinstance(value, dict):
         for key, item in value.items():
-            check_finite(item, f"{name}[{key!r}]")
+            check_finite(item, f"{name}[{key!r}]", advice)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            check_finite(item, name)
+            check_finite(item, name, advice)
 
 
 TO_SAMPLE = {"model": dict, "model_config": dict, "tokenizer": dict}
@@ -76,14 +80,17 @@ TO_RESUME = TO_SAMPLE | {"config": dict, "optimizer": dict, "iter_num": int, "ba
 
 def load_checkpoint(path, needed=()):
     """Path -> the dict, on the CPU, in today's format. needed: the entries that must be there, {name: type}. UserError
-    if the file is not such a checkpoint, FileNotFoundError without one."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception:  # torch.load raises many kinds for a file that is cut short, or not its own, or unsafe
-        raise UserError(f"{path} cannot be read: it is damaged or not a checkpoint; delete it or restore a copy"
-                        ) from None
+    if the file is not such a checkpoint or is damaged, OSError if it cannot be opened."""
+    with open(path, "rb") as f:
+        try:
+            damaged = zipfile.ZipFile(f).testzip()  # torch.load does not compare the checksums
+            checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise UserError(f"{path} needs more memory than there is") from None
+        except Exception:  # either raises many kinds for a file that is cut short, or not its own, or unsafe
+            damaged = True
+    if damaged:
+        raise UserError(f"{path} is damaged or not a checkpoint; {other_checkpoint(Path(path))}")
     if isinstance(checkpoint, dict) and "format_version" not in checkpoint and "model_args" in checkpoint:
         checkpoint = from_nanogpt(checkpoint, Path(path))
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
@@ -94,6 +101,15 @@ def load_checkpoint(path, needed=()):
         if not isinstance(checkpoint.get(name), needed[name]):
             raise UserError(f"{path} lacks {name!r}; latest.pt is for resuming, and either it or best.pt for sampling")
     return checkpoint
+
+
+def other_checkpoint(path):
+    """What to do about a damaged checkpoint: use the other one of the run, if there is one."""
+    if path.name == "latest.pt" and (path.parent / "best.pt").exists():
+        return f"restore a copy, or start a new run from the weights in best.pt: --init_from={path.parent / 'best.pt'}"
+    if path.name == "best.pt" and (path.parent / "latest.pt").exists():
+        return "restore a copy, or move it away to use latest.pt"
+    return "restore a copy, or train anew"
 
 
 def upgrade(checkpoint):
@@ -120,17 +136,19 @@ def model_config(fields, path):
         raise UserError(f"{path} has the model setting {min(unknown)!r}, which model.py does not know")
     try:
         return GPTConfig(**fields)
-    except ValueError as e:
+    except (TypeError, ValueError) as e:
         raise UserError(f"{path}: {e}") from None
 
 
 def load_weights(model, state, path):
     """Puts a state dict into the model. UserError if it does not fit."""
     own = model.state_dict()
+    check_finite(state, f"{path}: the tensor ")
     for name in [*own, *state]:
-        if name not in own or name not in state or own[name].shape != state[name].shape:
+        if name not in own or not isinstance(state.get(name), torch.Tensor) or own[name].shape != state[name].shape:
             raise UserError(f"{path} does not fit model.py: the tensor {name} is " + (
-                "unknown to the model" if name not in own else "missing" if name not in state else
+                "unknown to the model" if name not in own else
+                "missing" if not isinstance(state.get(name), torch.Tensor) else
                 f"of shape {tuple(state[name].shape)}, not {tuple(own[name].shape)}"))
     model.load_state_dict(state)
 
@@ -198,6 +216,18 @@ def check_probe(model, checkpoint, path):
                         f"{difference:.2g}); restore model.py, or go on with GPT_CHANGED_MODEL=1 in the environment")
 
 
+def has_same_text(checkpoint, text, path, may_differ):
+    """Whether a run resumes on the dataset that its checkpoint was trained on. If not, and it must: UserError."""
+    before = checkpoint.get("text") or text
+    if before["sha256"] == text["sha256"]:
+        return True
+    if not may_differ:
+        raise UserError(f"the dataset {text['dataset']} is not the one that {path} was trained on; restore it, or go "
+                        f"on with the new one: --dataset={text['dataset']}")
+    print_once(f"{text['dataset']} is another text than before, so the lowest validation loss starts anew")
+    return False
+
+
 # --- nanoGPT's checkpoints ---
 
 def from_nanogpt(checkpoint, path):
@@ -205,36 +235,43 @@ def from_nanogpt(checkpoint, path):
     or if its characters are not known. nanoGPT's GELU is exact, and GPT-2's and ours an approximation, so logits differ
     slightly (docs/training.md)."""
     shape, state = checkpoint["model_args"], checkpoint.get("model")
-    if not isinstance(shape, dict) or not isinstance(state, dict) or "vocab_size" not in shape:
-        raise UserError(f"{path} is damaged: nanoGPT's model and model_args should be there")
+    if not isinstance(shape, dict) or not isinstance(state, dict) or type(shape.get("vocab_size")) is not int:
+        raise UserError(f"{path} is damaged: it should hold nanoGPT's model, and model_args with its vocab_size")
     state = {name.removeprefix("_orig_mod.").removeprefix("transformer."): t for name, t in state.items()
              if not name.endswith(".attn.bias")}  # the causal mask, which older versions keep
     if shape["vocab_size"] == 50304:  # nanoGPT pads GPT-2's vocabulary with tokens that never occur
         shape = shape | {"vocab_size": 50257}
         state = {name: t[:50257] if name in ("wte.weight", "lm_head.weight") else t for name, t in state.items()}
-    if "wte.weight" in state:
-        state["lm_head.weight"] = state["wte.weight"]
+    state.setdefault("lm_head.weight", state.get("wte.weight"))
+    if not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise UserError(f"{path} is damaged: its model should hold tensors")
+    if not torch.equal(state["lm_head.weight"], state["wte.weight"]):
+        raise UserError(f"{path} has a head that is not tied to wte, which this model does not support")
+    config = checkpoint.get("config")
+    dataset = str(config.get("dataset", "")) if isinstance(config, dict) else ""
     return {"format_version": FORMAT_VERSION, "model": state, "model_config": shape,
-            "tokenizer": nanogpt_tokenizer(checkpoint.get("config") or {}, shape["vocab_size"], path)}
+            "tokenizer": nanogpt_tokenizer(dataset, shape["vocab_size"], path)}
 
 
-def nanogpt_tokenizer(config, vocab_size, path):
+def nanogpt_tokenizer(dataset, vocab_size, path):
     """nanoGPT's checkpoint does not hold its tokenizer -> that of its dataset, if it lies where nanoGPT has it or was
-    prepared here. UserError if it is not found."""
+    imported here. UserError if it is not found."""
     if vocab_size == 50257:
         return {"kind": "gpt2"}
-    dataset, data = str(config.get("dataset", "")), Path(__file__).resolve().parent / "data"
+    data = Path(__file__).resolve().parent / "data"
     for meta in (path.parent / "meta.pkl", path.resolve().parent.parent / "data" / dataset / "meta.pkl"):
         if meta.is_file():
             tokenizer = read_nanogpt_characters(meta)
             if tokenizer.vocab_size == vocab_size:
                 return tokenizer.state()
     for meta in (data / dataset / "meta.json", *sorted(data.glob("*/meta.json"))):
-        if meta.is_file():
-            state = read_json(meta, {"tokenizer": (dict, None)}, "run prepare.py again")["tokenizer"]
-            if len(state.get("chars", "")) == vocab_size:
+        with contextlib.suppress(OSError, UserError):  # a dataset that is damaged is another matter
+            found = read_json(meta, {"tokenizer": (dict, None), "source": (str, None)})
+            tokenizer = load_tokenizer(found["tokenizer"])
+            imported = found["source"].startswith("nanoGPT's ") or meta.parent.name == dataset
+            if imported and tokenizer.vocab_size == vocab_size:
                 print(f"{path} has no tokenizer: taking the one of {meta.parent}", file=sys.stderr, flush=True)
-                return state
+                return tokenizer.state()
     raise UserError(f"{path} does not say which {vocab_size} characters its ids stand for; import nanoGPT's dataset: "
                     f"python prepare.py --dataset={dataset or 'NAME'} --input=nanoGPT/data/{dataset or 'NAME'}")
 
@@ -268,13 +305,50 @@ def first_line(e):
 # --- the run's folder ---
 
 def move_earlier_run(folder):
-    """Renames a folder that holds a run to folder.1, folder.2, ..."""
-    if any((folder / name).exists() for name in ("latest.pt", "best.pt")):
-        n = 1
+    """Renames a folder that holds a run, or anything of one, to folder.1, folder.2, ... A link to a folder stays, and
+    the folder itself is renamed."""
+    if folder.is_dir() and (any(folder.glob("*.pt")) or (folder / "log.csv").exists()):
+        folder, n = folder.resolve() if folder.is_symlink() else folder, 1
         while Path(f"{folder}.{n}").exists():
             n += 1
         folder.rename(f"{folder}.{n}")
+        folder.mkdir()
         print(f"{folder} held an earlier run: moved it to {folder}.{n}", flush=True)
+
+
+def lock_run(folder):
+    """Makes sure that no other process trains in this folder, until this one ends, in whatever way. UserError if one
+    does. Returns the lock, which must be kept."""
+    lock = filelock.FileLock(folder / ".lock")
+    owner = folder / ".process"
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        who = owner.read_text() if owner.exists() else "unknown"
+        raise UserError(f"another run (process {who}) is writing to {folder}; stop it, or choose another --out_dir"
+                        ) from None
+    owner.write_text(str(os.getpid()))
+    return lock
+
+
+def read_log(path):
+    """log.csv -> its whole rows, as dicts of strings, and the number of lines that are none: cut short, or damaged."""
+    rows, damaged = [], 0
+    with open(path, newline="", encoding="utf-8", errors="replace") as f:
+        lines = f.read().splitlines(keepends=True)
+    for n, line in enumerate(lines):
+        row = dict(zip(Log.COLUMNS, next(csv.reader([line.replace("\0", "?")]), []), strict=False))
+        try:
+            if len(row) < len(Log.COLUMNS) or not line.endswith("\n"):
+                raise ValueError("it is cut short")
+            if list(row.values()) != Log.COLUMNS or n > 0:
+                numbers = [float(row[name]) for name in Log.COLUMNS if row[name] or name in Log.COLUMNS[:3]]
+                if not all(map(math.isfinite, numbers)) or (rows and int(row["iter"]) <= int(rows[-1]["iter"])):
+                    raise ValueError("it is not a row")
+                rows.append(row)
+        except (ValueError, csv.Error):
+            damaged += 1
+    return rows, damaged
 
 
 class Log:
@@ -295,24 +369,20 @@ class Log:
                 import wandb
         except ImportError as e:
             raise UserError(f"--{e.name} needs: pip install {e.name}") from None
-        if not checkpoint:
-            move_earlier_run(Path(folder))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = []
-        if checkpoint and self.path.exists():
-            try:
-                with open(self.path, newline="", encoding="utf-8") as f:
-                    rows = [r for r in csv.DictReader(f, strict=True) if int(r["iter"]) <= checkpoint["iter_num"]]
-                if any(row.keys() != set(self.COLUMNS) for row in rows):
-                    raise ValueError("it has other columns")
-            except (ValueError, KeyError, TypeError, csv.Error) as e:
-                raise UserError(f"{self.path} is damaged ({first_line(e)}); mend it, or move it away") from None
-        temporary = self.path.with_name("log.csv.tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, self.COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(self.path)
+        self.lock = lock_run(self.path.parent)
+        if not checkpoint:
+            self.lock.release()  # Windows does not rename a folder in which a file is open
+            move_earlier_run(Path(folder))
+            self.lock = lock_run(self.path.parent)
+        rows, damaged = read_log(self.path) if checkpoint and self.path.exists() else ([], 0)
+        if damaged:
+            print(f"{self.path} had {damaged} damaged lines, which are left out", flush=True)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.COLUMNS)
+        writer.writeheader()
+        writer.writerows(row for row in rows if int(row["iter"]) <= checkpoint["iter_num"])
+        write_atomically(self.path, text.getvalue().encode())
         self.board = SummaryWriter(folder) if config["tensorboard"] else None
         if config["wandb"]:
             self.wandb = wandb.init(project=config["wandb_project"], name=config["wandb_name"] or str(folder),

@@ -116,9 +116,11 @@ def _install_hooks():
 
 
 _install_hooks()
-for _stream in (sys.stdout, sys.stderr):  # UTF-8 to a file or a pipe, too, where the system (Windows) has other ideas
-    if hasattr(_stream, "reconfigure") and _stream.encoding.lower() not in ("utf-8", "utf8"):
+for _stream in (sys.stdin, sys.stdout, sys.stderr):  # UTF-8 in files and pipes, too, where Windows has other ideas
+    try:
         _stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    except (AttributeError, ValueError):  # it is closed, replaced by another object, or has been read from
+        continue
 
 # --- settings ---
 

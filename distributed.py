@@ -5,6 +5,7 @@
 Every process has a rank, from 0 to world_size - 1. Rank 0 is the main process: it prints and writes files. Without
 torchrun there is one process, and every function here does the obvious thing for it.
 """
+import contextlib
 import datetime
 import os
 import signal
@@ -55,9 +56,12 @@ def finish(code=0):
 
 
 def print_once(*words):
-    """print, from the main process only."""
+    """print, from the main process only. If nobody reads the output any more, the run goes on without it."""
     if is_main_process():
-        print(*words, flush=True)
+        try:
+            print(*words, flush=True)
+        except OSError:  # as after `| head`, or when the disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # --- agreeing on numbers ---
@@ -128,16 +132,19 @@ _signal = 0
 
 
 def catch_stop_signals():
-    """From here on, Ctrl-C and SIGTERM only ask the program to stop: see `stop_signal`."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _on_stop)
+    """From here on, Ctrl-C, SIGTERM and the end of the terminal only ask the program to stop: see `stop_signal`."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; nohup ignores it
+        number = getattr(signal, name, None)
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, _on_stop)
 
 
 def _on_stop(number, frame):
     """Notes the signal. The same signal once more ends the program at once."""
     global _signal
     if is_main_process():
-        os.write(2, b"finishing the step and saving; once more to quit at once, without saving\n")
+        with contextlib.suppress(OSError):  # standard error may be closed
+            os.write(2, b"finishing the step and saving; once more to quit at once, without saving\n")
     _signal = number
     signal.signal(number, signal.SIG_DFL)
 

@@ -90,7 +90,10 @@ def prepare_dataset(folder, arguments, give_up):
     import sys
     if not (folder / "meta.json").exists():
         print(f"no dataset in {folder}: preparing it", flush=True)
-        words = shlex.split(arguments.replace("\\", "\\\\"))  # Windows' paths have backslashes
+        try:
+            words = shlex.split(arguments.replace("\\", "\\\\"))  # Windows' paths have backslashes
+        except ValueError as e:
+            raise UserError(f"prepare must be arguments for prepare.py, got {arguments!r} ({e})") from None
         command = [sys.executable, folder.parents[1] / "prepare.py", f"--dataset={folder.name}", *words]
         code = subprocess.run(command).returncode
         if code:

@@ -34,6 +34,8 @@ if kind not in ("char", "gpt2"):
     raise UserError(f"tokenizer must be char or gpt2, got {kind!r}")
 if not 0 < val_fraction < 1:
     raise UserError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+if "" in (input, val_input):
+    raise UserError("input and val_input are files, folders or globs, got ''")
 if not re.fullmatch(r"\w[\w.-]*", dataset):
     raise UserError("dataset is the name of a folder in data/, in letters, digits, '_', '-' and '.', "
                     f"got {dataset!r}; name the text itself with --input")
@@ -50,6 +52,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import numpy as np
 
 from readers import OPENWEBTEXT, PIECE, kind_of, opened, read_documents, size_of
@@ -58,6 +61,7 @@ from tokenizer import BPETokenizer, CharTokenizer, read_nanogpt_characters
 BATCH = 16 << 20   # characters after which the progress is saved, about
 RUN = 20_000       # characters at the end of a text without white space, in which to look for a place to cut it
 FOLDER = Path(__file__).resolve().parent / "data" / dataset
+STREAM = FOLDER / ".stdin"  # holds standard input while it is read
 
 
 # --- tiny Shakespeare ---
@@ -112,7 +116,12 @@ def find_files():
     """-> the files to read, sorted, and a description of the source. UserError if there are none."""
     own = FOLDER / "input.txt"
     if input == "-":
-        return [save_standard_input()], "standard input"
+        if sys.stdin is None:
+            raise UserError("standard input is closed")
+        return [save_stream(sys.stdin.buffer)], "standard input"
+    if input is not None and (Path(input).is_fifo() or Path(input).is_char_device()):  # as from bash's <(command)
+        with open(input, "rb") as f:
+            return [save_stream(f)], input
     if input is not None:
         return expand("input", input), input
     if own.is_file():
@@ -127,13 +136,12 @@ def find_files():
     return [own], source
 
 
-def save_standard_input():
-    """Standard input -> a file in the dataset's folder that holds it, since the text is read twice."""
-    path = FOLDER / ".stdin"
+def save_stream(stream):
+    """A stream of text -> a file in the dataset's folder that holds it, since the text is read twice."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as f:
-        shutil.copyfileobj(sys.stdin.buffer, f)
-    return path
+    with open(STREAM, "wb") as f:
+        shutil.copyfileobj(stream, f)
+    return STREAM
 
 
 def expand(name, value):
@@ -146,7 +154,8 @@ def expand(name, value):
         files = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     else:
         files = [Path(p) for p in glob.glob(value, recursive=True)]
-    files = sorted(p for p in files if p.is_file())
+    found = {p.resolve(): p for p in sorted(files, reverse=True) if p.is_file()}  # links may lead to a file twice
+    files = sorted(found.values())
     if not files:
         raise UserError(f"--{name}={value}: no such file or folder, or no file in it")
     for p in files:
@@ -163,7 +172,12 @@ def expand(name, value):
 
 def describe(bad):
     """One line about the list that read_documents filled."""
-    return f"{len(bad)} bad records skipped: " + "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
+    return f"{plural(len(bad), 'bad record')} skipped: " + "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
+
+
+def plural(n, noun):
+    """1, "token" -> "1 token"; 2, "token" -> "2 tokens"."""
+    return f"{n:,} {noun}" + "s" * (n != 1)
 
 
 def cut(document):
@@ -309,8 +323,11 @@ def split(partial, train, val, dtype):
     train = train if val_input else int(tokens * (1 - val_fraction))
     if train < 2 or tokens - train < 2:
         (partial / "progress.json").unlink(missing_ok=True)  # nothing to continue: tidy() removes the folder
-        raise UserError(f"{tokens} tokens are too few for a training and a validation split of at least 2 each; "
-                        "give more text, or another --val_fraction")
+        if val_input:
+            raise UserError(f"the training text has {plural(train, 'token')} and the validation text "
+                            f"{plural(val, 'token')}; each needs at least 2")
+        raise UserError(f"the text has {plural(tokens, 'token')}, too few for a training and a validation split of at "
+                        "least 2 each; give more text, or another --val_fraction")
     if not val_input:
         with open(partial / "tokens.bin", "rb+") as source, open(partial / "val.bin", "wb") as end:
             source.seek(train * dtype.itemsize)
@@ -320,14 +337,15 @@ def split(partial, train, val, dtype):
     return train, tokens - train
 
 
-def count_bytes(path, tok, dtype):
-    """The number of bytes of the text in a .bin file. An end-of-text token has none. UserError for an unknown id."""
+def count_bytes(path, tok, dtype, source=None):
+    """The number of bytes of the text in a .bin file. An end-of-text token has none. UserError for an unknown id, which
+    names `source` as the file."""
     sizes = np.array([0 if i == tok.eot else len(tok.token_bytes(i)) for i in range(tok.vocab_size)])
     ids, total = np.memmap(path, dtype=dtype, mode="r"), 0
     for i in range(0, len(ids), BATCH):
         counts = np.bincount(ids[i:i + BATCH], minlength=len(sizes))
         if len(counts) > len(sizes):
-            raise UserError(f"{path} has the id {len(counts) - 1}, but the vocabulary has only {len(sizes)}")
+            raise UserError(f"{source or path} has the id {len(counts) - 1}, but the vocabulary has only {len(sizes)}")
         total += int(counts @ sizes)
     return total
 
@@ -343,12 +361,12 @@ def publish(partial):
 
 def tidy():
     """Removes what an error left, unless the next run can continue from it."""
-    (FOLDER / ".stdin").unlink(missing_ok=True)
+    STREAM.unlink(missing_ok=True)
     partial = FOLDER / ".partial"
     if partial.is_dir() and not (partial / "progress.json").exists():
         shutil.rmtree(partial)
-        if not any(FOLDER.iterdir()):
-            FOLDER.rmdir()
+    if FOLDER.is_dir() and not FOLDER.is_symlink() and not any(FOLDER.iterdir()):
+        FOLDER.rmdir()
 
 
 def read_progress(partial, job):
@@ -390,6 +408,9 @@ def dtype_for(tok):
 def read_nanogpt(folder):
     """A folder with nanoGPT's train.bin, val.bin and, for characters, meta.pkl -> the tokenizer and the meta data, with
     copies of the .bin files in .partial. UserError if it is not such a folder."""
+    ignored = {"tokenizer", "text_key", "val_input", "val_fraction"} & overrides.keys()
+    if ignored:
+        raise UserError(f"{folder} is a dataset that nanoGPT made, which is taken as it is; leave out --{min(ignored)}")
     partial, dtype, characters = FOLDER / ".partial", np.dtype("<u2"), folder / "meta.pkl"
     tok = read_nanogpt_characters(characters) if characters.exists() else BPETokenizer()
     shutil.rmtree(partial, ignore_errors=True)
@@ -398,24 +419,23 @@ def read_nanogpt(folder):
     for name in ("train", "val"):
         path = partial / f"{name}.bin"
         shutil.copyfile(folder / f"{name}.bin", path)
-        counts[f"{name}_tokens"] = path.stat().st_size // dtype.itemsize
-        if counts[f"{name}_tokens"] < 2:
-            raise UserError(f"{folder / f'{name}.bin'} has fewer than 2 tokens")
-        try:
-            counts[f"{name}_bytes"] = count_bytes(path, tok, dtype)
-        except UserError as e:
-            raise UserError(f"{folder}: {name}.bin does not fit the vocabulary: {e}") from None
+        counts[f"{name}_tokens"], rest = divmod(path.stat().st_size, dtype.itemsize)
+        if counts[f"{name}_tokens"] < 2 or rest:
+            raise UserError(f"{folder / path.name} does not hold at least two numbers of {dtype.itemsize} bytes each")
+        counts[f"{name}_bytes"] = count_bytes(path, tok, dtype, folder / path.name)
         with open(path, "rb") as f:
             for chunk in iter(lambda: f.read(PIECE), b""):
                 sha256.update(chunk)
-    return {"tokenizer": tok.state(), "vocab_size": tok.vocab_size, "dtype": dtype.name, "source": str(folder),
-            "sha256": sha256.hexdigest()} | counts
+    return {"tokenizer": tok.state(), "vocab_size": tok.vocab_size, "dtype": dtype.name,
+            "source": f"nanoGPT's {folder}", "sha256": sha256.hexdigest()} | counts
 
 
 def main():
     """Prepares the dataset that the settings describe."""
     partial = FOLDER / ".partial"
     if input and all((Path(input) / name).is_file() for name in ("train.bin", "val.bin")):
+        if (Path(input) / "meta.json").exists():
+            raise UserError(f"{input} is a dataset already; name the text that it was made from")
         meta = read_nanogpt(Path(input))
         write_atomically(partial / "meta.json", json.dumps(meta, indent=1).encode())
     else:
@@ -467,10 +487,19 @@ def prepare_text(partial):
     return meta
 
 
+FOLDER.parent.mkdir(exist_ok=True)
+lock = filelock.FileLock(FOLDER.parent / f".{dataset}.lock")
+try:
+    lock.acquire(timeout=0)
+except filelock.Timeout:
+    raise UserError(f"another prepare.py is working on {FOLDER}; wait until it ends") from None
 try:
     main()
+except UserError as error:
+    raise UserError(str(error).replace(str(STREAM), "standard input")) from None
 except KeyboardInterrupt:
-    print("\n" * sys.stderr.isatty() + "interrupted; the same command continues where it stopped", file=sys.stderr)
+    again = "" if STREAM.exists() else "; the same command continues where it stopped"
+    print("\n" * sys.stderr.isatty() + "interrupted" + again, file=sys.stderr)
     raise
 except OSError as error:
     if error.strerror and error.filename is None:  # a full disk does not say which file

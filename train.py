@@ -75,6 +75,7 @@ def check_settings():
     check(config, "at least 0", lambda x: 0 <= x < math.inf,
           "seed", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "final_lr_fraction", "patience")
     check(config, "in [0, 1)", lambda x: 0 <= x < 1, "dropout", "beta1", "beta2")
+    check(config, "below 2 ** 63", lambda x: x < 2 ** 63, "seed")
     check(config, "'adamw' or 'muon'", lambda x: x in ("adamw", "muon"), "optimizer")
     check(config, "'float32', 'bfloat16' or 'float16'", lambda x: x in ("float32", "bfloat16", "float16"), "dtype")
     check(config, "'ddp' or 'fsdp'", lambda x: x in ("ddp", "fsdp"), "strategy")
@@ -87,8 +88,8 @@ import numpy as np
 import torch
 
 import distributed
-from checkpoint import TO_RESUME, Log, check_probe, format_seconds, get_state, load_checkpoint, load_pretrained, probe
-from checkpoint import save_checkpoint, set_state
+from checkpoint import TO_RESUME, Log, check_probe, format_seconds, get_state, has_same_text, load_checkpoint
+from checkpoint import load_pretrained, probe, save_checkpoint, set_state
 from device import can_compile, choose_device, choose_dtype, peak_flops, peak_memory, to_device
 from distributed import all_reduce_sum, print_once
 from fast import for_training
@@ -107,6 +108,8 @@ if init_from == "resume" and (out / "latest.pt").exists():
     config |= {k: v for k, v in checkpoint["config"].items() if k in config and k not in not_kept}
     fixed = checkpoint["model_config"] | {"optimizer": checkpoint["config"].get("optimizer", optimizer)}
     tokenizer = checkpoint["tokenizer"]
+elif init_from == "resume" and any(out.glob("*.pt")):
+    raise UserError(f"{out_dir} has no latest.pt to resume from; start from its weights: --init_from={out_dir}")
 elif init_from == "resume":
     print_once(f"no latest.pt in {out_dir}: starting from scratch")
 elif init_from != "scratch":
@@ -119,7 +122,7 @@ for name, value in fixed.items():
         raise UserError(f"{source} has {name}={value}, not {overrides[name]}; leave it out, or start from scratch")
 config |= {k: v for k, v in fixed.items() if k in config and k not in overrides}
 globals().update(config)
-# The schedule is fixed when a run starts. If it later trains for longer, the rates must not jump.
+# The schedule is fixed when a run starts: if it later trains for longer, the rates do not jump.
 config["lr_decay_iters"] = lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 config["warmup_iters"] = warmup_iters = lr_decay_iters // 10 if warmup_iters is None else warmup_iters
 check_settings()
@@ -140,8 +143,7 @@ if tokenizer not in (None, meta["tokenizer"]) or fixed.get("vocab_size", meta["v
     raise UserError(f"{source} has another vocabulary than {dataset}: its tokenizer is not the dataset's; name another "
                     "dataset, or start from scratch")
 
-# A step takes `sequences` sequences. If its micro-steps divide evenly, each process gets some of them. Otherwise each
-# gets some sequences of every micro-step.
+# Each process gets some micro-steps of an optimizer step or, if they do not divide evenly, some sequences of each.
 sequences, world_size = batch_size * gradient_accumulation_steps, distributed.world_size
 micro_steps, micro_batch = distributed.divide(gradient_accumulation_steps, batch_size)
 windows = max(1, len(train_data) // block_size - 1)  # training sequences in an epoch; -1 leaves room for the offset
@@ -182,7 +184,7 @@ compile = can_compile(device) if compile is None else compile
 model = torch.compile(raw_model) if compile else raw_model
 if distributed.is_distributed and strategy == "ddp":
     model = distributed.replicate(model, device)
-iter_num, best_val_loss, bad_evals, seconds = 0, None, 0, 0.0  # the steps done, and other values that a resume restores
+iter_num, best_val_loss, bad_evals, seconds, eval_seconds = 0, None, 0, 0.0, 0.0  # a resume restores the first four
 text = {"dataset": dataset} | {k: meta.get(k) for k in ("sha256", "val_tokens", "val_bytes")}
 if checkpoint:
     set_state(raw_model, [o for o, _ in optimizers], checkpoint)
@@ -190,13 +192,12 @@ if checkpoint:
     scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} if the run was not in float16 so far
     iter_num, best_val_loss, bad_evals, seconds = (checkpoint[k] for k in
                                                    ("iter_num", "best_val_loss", "bad_evals", "seconds"))
-    if checkpoint.get("text", text)["sha256"] != text["sha256"]:
-        print_once(f"{dataset} is another text than before, so the lowest validation loss starts anew")
+    if not has_same_text(checkpoint, text, source, may_differ="dataset" in overrides):
         best_val_loss, bad_evals = None, 0
 
 
 def save(path, with_optimizers=True):
-    """Writes a checkpoint of the run as it stands. If a weight is not finite: UserError, and the previous file
+    """Writes a checkpoint of the run as it stands. UserError if a weight is not finite; the previous file then
     stays."""
     model_state, optimizer_state = get_state(raw_model, [o for o, _ in optimizers] if with_optimizers else [])
     shape = asdict(raw_model.config)
@@ -218,8 +219,7 @@ def evaluate(data, evenly=False):
     n = max(1, min(eval_tokens, len(val_data) - 1) // T)
     starts = np.linspace(0, len(data) - T - 1, n).astype(np.int64) if evenly else np.arange(n) * T
     mine = starts[distributed.rank::world_size]
-    # As many tokens at once as keep the logits, the largest tensor, under 2^26 numbers, at most 8192, but no fewer
-    # windows than in training.
+    # As many as keep the logits, the largest tensor, under 2^26 numbers, but no fewer than in training.
     at_once = max(micro_batch, min(8192, 2 ** 26 // meta["vocab_size"]) // T)
     raw_model.eval()
     total = 0.0
@@ -290,10 +290,15 @@ def update_weights():
     return grad_norm
 
 
+def out_of_patience():
+    """Whether the validation loss has not become lower in the last `patience` evaluations."""
+    return patience is not None and bad_evals >= max(1, patience)
+
+
 def check_finite(*losses):
     """UserError if a loss is not a finite number."""
     if not math.isfinite(sum(losses)):
-        kept = "the last checkpoint is good" if (out / "latest.pt").exists() else "there is no checkpoint yet"
+        kept = "the last checkpoint is good" if any(out.glob("*.pt")) else "there is no checkpoint yet"
         raise UserError(f"the loss at step {iter_num} is not finite; {kept}; try a lower learning rate")
 
 
@@ -312,7 +317,6 @@ if __name__ == "__main__":
         distributed.finish()
 
     log = Log(out, checkpoint, config)
-    eval_seconds = 0.0
     if iter_num == 0:
         log.write(iter=0, tokens=0, seconds=0, **evaluate_and_keep_best())
     machine_peak, source = peak_flops(device, dtype)
@@ -322,7 +326,7 @@ if __name__ == "__main__":
     distributed.catch_stop_signals()
     start_iter, start_seconds, loss, stop = iter_num, seconds, None, 0
     batch, mark, logged_at, logged_seconds = get_batch(iter_num), time.perf_counter(), iter_num, seconds
-    while iter_num < max_iters and not stop:
+    while iter_num < max_iters and not stop and not out_of_patience():
         scale = schedule(iter_num, warmup_iters, lr_decay_iters, final_lr_fraction)
         for o, peak in optimizers:
             for group in o.param_groups:
@@ -353,24 +357,22 @@ if __name__ == "__main__":
             mark = time.perf_counter()  # evaluating and saving are not training time
 
         stop = distributed.stop_signal()
-        out_of_patience = evaluating and patience is not None and bad_evals >= max(1, patience)
-        if iter_num % checkpoint_interval == 0 or last or out_of_patience or stop:
+        if iter_num % checkpoint_interval == 0 or last or stop or out_of_patience():
             check_finite(all_reduce_sum(loss.item()))
             seconds += time.perf_counter() - mark
             save(out / "latest.pt")
             mark = time.perf_counter()
-        if out_of_patience:
-            print_once(f"stopping early: {bad_evals} evaluations without a lower validation loss")
-            break
 
     log.close()
     where = "" if out_dir == "out" else f" --out_dir={out_dir}"
+    if out_of_patience():
+        print_once(f"stopping early: {bad_evals} evaluations without a lower validation loss")
     if stop:
         print_once(f"stopped by signal {stop} after step {iter_num}; "
                    f"go on with: python train.py --init_from=resume{where}")
     elif loss is None:
         print_once(f"nothing to do: the run has {iter_num} steps already, and max_iters is {max_iters}; "
-                   "raise --max_iters to go on")
+                   f"raise --{'patience' if out_of_patience() else 'max_iters'} to go on")
     else:
         memory = f"at most {peak_memory(device) / 1e9:.2f} GB of memory, " if peak_memory(device) else ""
         print_once(f"done in {format_seconds(seconds)} of training, {memory}lowest validation loss {best_val_loss:.4f}"

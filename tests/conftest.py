@@ -27,8 +27,9 @@ TEXT = "\n".join(
 warm_process = None  # tests/warm.py, started by the first script that runs; it ends with this process
 
 
-def run_warm(command, folder, environment):
-    """Runs [python, script, ...] in a copy of the warm process; returns what subprocess.run would."""
+def run_warm(command, folder, environment, meanwhile):
+    """Runs [python, script, ...] in a copy of the warm process; returns what subprocess.run would. While it runs, calls
+    meanwhile with its process id."""
     global warm_process
     if warm_process is None:
         warm_process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "warm.py")], text=True,
@@ -38,6 +39,7 @@ def run_warm(command, folder, environment):
         request = {"arguments": command[1:], "folder": str(folder), "environment": environment,
                    "stdout": str(stdout), "stderr": str(stderr)}
         print(json.dumps(request), file=warm_process.stdin, flush=True)
+        meanwhile(int(warm_process.stdout.readline()))
         code = int(warm_process.stdout.readline())
         return subprocess.CompletedProcess(command, code, stdout.read_text(), stderr.read_text())
 
@@ -55,16 +57,21 @@ class Project:
         """The command that runs a script in a process of its own, for subprocess."""
         return [sys.executable, str(self.folder / script), *map(str, arguments)]
 
-    def finish(self, script, *arguments, cwd=None, env=None, fresh=False):
-        """Runs a script to its end, however it ends; returns its exit code and output as subprocess.run does.
+    def finish(self, script, *arguments, cwd=None, env=None, fresh=False, meanwhile=lambda pid: None):
+        """Runs a script to its end, however it ends; returns its exit code and output as subprocess.run does. Calls
+        meanwhile with its process id.
 
         A copy of the warm process runs it. A process of its own does with fresh=True, where there is no fork, and where
         variables are set that libraries read while they are imported."""
         command, folder, environment = self.command(script, *arguments), cwd or self.folder, os.environ | (env or {})
         early = any(name.startswith(("PYTHON", "OMP_", "MKL_", "LD_", "MALLOC_", "TORCH")) for name in env or {})
         if fresh or early or not hasattr(os, "fork"):
-            return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-        return run_warm(command, folder, environment)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+                                       env=environment)
+            meanwhile(process.pid)
+            stdout, stderr = process.communicate()
+            return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+        return run_warm(command, folder, environment, meanwhile)
 
     def run(self, script, *arguments, **how):
         """Runs a script as `finish` does; checks that it succeeds, and returns its standard output."""

