@@ -20,6 +20,8 @@ Both change the model in place and return it: a layer gets a subclass that compu
 
 oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gain of PackedLinear is that of a
 single row. The compiled step (in float32) and Int8Linear (compiled) are compared with PackedLinear, not with nn.Linear.
+The gain of kept memory is that of a training step on byte pairs, with and without a call of keep_memory
+(bench_train.py).
 
 model.py has the last word. Only layers of exactly the class in the table are replaced, and they are compared with
 their replacements first. If they differ, because someone has changed model.py, the plain layer stays, and one line on

@@ -1,0 +1,200 @@
+"""Faults around a run: another run beside it, output that goes away, damaged files, another dataset. Nothing is lost in
+silence, and each message is one line."""
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint import load_checkpoint, read_log
+from conftest import TEXT, TINY
+from test_train import rows, same_run, step_of_log
+
+LONG = [*TINY, "--max_iters=100000", "--eval_interval=1000"]
+
+
+def wait_for_step(folder, step):
+    deadline = time.time() + 60
+    while step_of_log(folder) < step and time.time() < deadline:
+        time.sleep(0.01)
+    assert step_of_log(folder) >= step
+
+
+# --- another run ---
+
+def test_a_second_run_in_the_same_folder_is_refused(trained):
+    folder = trained.folder / "shared"
+
+    def second(pid):
+        wait_for_step(folder, 15)
+        for how in ([*TINY, "--max_iters=5"], ["--init_from=resume"]):
+            done = subprocess.run(trained.command("train.py", *how, "--out_dir=shared"), cwd=trained.folder,
+                                  capture_output=True, text=True)
+            assert done.returncode == 1
+            assert done.stderr == (f"error: another run (process {pid}) is writing to shared; stop it, or choose "
+                                   "another --out_dir\n")
+        os.kill(pid, signal.SIGKILL)
+
+    assert trained.finish("train.py", *LONG, "--out_dir=shared", meanwhile=second).returncode == -9
+    step = load_checkpoint(folder / "latest.pt")["iter_num"]
+    printed = trained.run("train.py", "--init_from=resume", "--out_dir=shared", f"--max_iters={step + 5}")
+    assert f"resuming shared after step {step}" in printed  # the lock of a killed process does not hold
+
+
+def test_a_second_prepare_of_the_same_dataset_is_refused(project):
+    (project.folder / "a.txt").write_text(TEXT)
+    source = (project.folder / "prepare.py").read_text()
+    assert source.count("    main()\n") == 1
+    (project.folder / "slow.py").write_text(source.replace("    main()\n", "    print(1, flush=True)\n    main()\n    "
+                                                           "time.sleep(60)\n"))
+    how = ["--dataset=mine", "--input=a.txt"]
+    first = subprocess.Popen(project.command("slow.py", *how), cwd=project.folder, stdout=subprocess.PIPE, text=True)
+    first.stdout.readline()
+    assert "another prepare.py is working on" in project.fails("prepare.py", *how)
+    first.kill()
+    first.communicate()
+    project.run("prepare.py", *how)
+
+
+# --- output that goes away ---
+
+def test_a_run_goes_on_without_its_output(trained):
+    """As with `train.py | head -2`."""
+    how = [*TINY, "--max_iters=40", "--log_interval=1"]
+    trained.run("train.py", *how, "--out_dir=heard")
+    process = subprocess.Popen(trained.command("train.py", *how, "--out_dir=unheard"), cwd=trained.folder,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+    assert same_run(trained.folder / "heard", trained.folder / "unheard")
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_a_run_whose_terminal_goes_away_saves(trained, name):
+    folder, number = trained.folder / name, getattr(signal, name)
+    process = subprocess.Popen(trained.command("train.py", *LONG, f"--out_dir={name}"), cwd=trained.folder,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(folder, 15)
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert load_checkpoint(folder / "latest.pt")["iter_num"] >= int(rows(folder)[-1][0])
+
+
+# --- what a checkpoint knows ---
+
+def test_a_run_that_patience_has_stopped_stays_stopped(trained):
+    how = [*TINY, "--max_iters=2000", "--out_dir=done", "--patience=2", "--learning_rate=1e-12",
+           "--muon_learning_rate=1e-12", "--eval_interval=5"]
+    trained.run("train.py", *how)
+    before = (trained.folder / "done" / "latest.pt").read_bytes()
+    assert "raise --patience to go on" in trained.run("train.py", "--init_from=resume", "--out_dir=done")
+    assert (trained.folder / "done" / "latest.pt").read_bytes() == before
+    printed = trained.run("train.py", "--init_from=resume", "--out_dir=done", "--patience=3")
+    assert "stopping early: 3 evaluations" in printed
+
+
+def test_a_dataset_that_was_replaced_is_noticed(trained):
+    project = trained
+    (project.folder / "swapped.txt").write_text(TEXT)
+    project.run("prepare.py", "--dataset=swapped", "--input=swapped.txt")
+    project.run("train.py", *TINY, "--dataset=swapped", "--max_iters=5", "--out_dir=swapped")
+    (project.folder / "swapped.txt").write_text("".join(sorted(TEXT)))
+    project.run("prepare.py", "--dataset=swapped", "--input=swapped.txt")
+    error = project.fails("train.py", "--init_from=resume", "--out_dir=swapped", "--max_iters=9")
+    assert "the dataset swapped is not the one that" in error and "--dataset=swapped" in error
+    project.run("train.py", "--init_from=resume", "--out_dir=swapped", "--max_iters=9", "--dataset=swapped")
+
+
+# --- damaged files ---
+
+def test_every_flipped_bit_is_found_or_harmless(trained, tmp_path):
+    """In 200 places of a checkpoint: refused in one line, or read with exactly the same contents."""
+    path, rng = trained.folder / "out" / "latest.pt", np.random.default_rng(0)
+    content, good = path.read_bytes(), load_checkpoint(path)
+    from test_train import same_state
+    for place in rng.integers(len(content), size=200):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << rng.integers(8)
+        (tmp_path / "latest.pt").write_bytes(damaged)
+        try:
+            found = load_checkpoint(tmp_path / "latest.pt")
+        except ValueError as e:
+            assert "is damaged or not a checkpoint" in str(e) and "\n" not in str(e)
+        else:
+            assert same_state(found, good)
+
+
+def test_a_damaged_checkpoint_names_the_other_one(trained):
+    folder = trained.folder / "one-bad"
+    shutil.copytree(trained.folder / "out", folder)
+    good = (folder / "latest.pt").read_bytes()
+    (folder / "latest.pt").write_bytes(good[:-100])
+    error = trained.fails("train.py", "--init_from=resume", "--out_dir=one-bad")
+    assert f"--init_from=one-bad{os.sep}best.pt" in error
+    trained.run("train.py", f"--init_from=one-bad{os.sep}best.pt", "--dataset=tiny", "--out_dir=anew", "--max_iters=1")
+    (folder / "latest.pt").write_bytes(good)
+    (folder / "best.pt").write_bytes(b"")
+    assert "move it away to use latest.pt" in trained.fails("sample.py", "--out_dir=one-bad")
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(trained):
+    folder = trained.folder / "unreadable"
+    (folder / "latest.pt").mkdir(parents=True)
+    error = trained.fails("train.py", "--init_from=resume", "--out_dir=unreadable")
+    assert "damaged" not in error and f"unreadable{os.sep}latest.pt: " in error
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text[:-30], lambda text: text + "61,", lambda text: text.replace("\n", "\nnot,a,row\n", 3),
+    lambda text: "\ufeff" + text.replace("iter", "step"), lambda text: text + "\0" * 500, lambda text: "",
+    lambda text: text + text, lambda text: text.replace(".", ".x", 2)])
+def test_a_damaged_log_is_repaired(trained, tmp_path, damage):
+    project = trained
+    folder = project.folder / f"log{len(list(project.folder.glob('log*')))}"
+    shutil.copytree(project.folder / "out", folder)
+    whole = read_log(folder / "log.csv")[0]
+    (folder / "log.csv").write_bytes(damage((folder / "log.csv").read_bytes().decode()).encode())
+    printed = project.run("train.py", "--init_from=resume", f"--out_dir={folder.name}", "--max_iters=65")
+    with open(folder / "log.csv", newline="") as f:
+        found = list(csv.DictReader(f))
+    assert found[-1]["iter"] == "65" and all(row in whole for row in found[:-1])
+    assert (len(found) < len(whole) + 1) <= ("damaged line" in printed or not damage("x"))
+    project.run("plot.py", "--what=loss", f"--out_dir={folder.name}", "--file=log.svg")
+
+
+# --- nothing is overwritten ---
+
+@pytest.mark.parametrize("name", ["log.csv", "my-best.pt", "ckpt.pt"])
+def test_a_folder_with_anything_of_a_run_is_kept(trained, name):
+    folder = trained.folder / f"kept-{name}"
+    folder.mkdir()
+    (folder / name).write_text("precious")
+    trained.run("train.py", *TINY, "--max_iters=1", f"--out_dir={folder.name}")
+    assert Path(f"{folder}.1", name).read_text() == "precious"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows' links need rights")
+def test_a_link_to_a_folder_stays(trained):
+    (trained.folder / "disk").mkdir()
+    (trained.folder / "link").symlink_to("disk")
+    for _ in range(2):
+        trained.run("train.py", *TINY, "--max_iters=1", "--out_dir=link")
+    assert (trained.folder / "link").is_symlink() and (trained.folder / "link" / "latest.pt").exists()
+    assert (trained.folder / "disk.1" / "latest.pt").exists()
+
+
+def test_weights_that_are_not_finite_are_not_sampled_from(trained):
+    checkpoint = load_checkpoint(trained.folder / "out" / "best.pt")
+    checkpoint["model"]["ln_f.weight"] = torch.full_like(checkpoint["model"]["ln_f.weight"], float("nan"))
+    (trained.folder / "nan").mkdir()
+    torch.save(checkpoint, trained.folder / "nan" / "best.pt")
+    assert "is not finite" in trained.fails("sample.py", "--out_dir=nan")
