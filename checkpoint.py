@@ -142,15 +142,29 @@ def model_config(fields, path):
 
 def load_weights(model, state, path):
     """Puts a state dict into the model. UserError if it does not fit."""
-    own = model.state_dict()
+    check_fit(model, state, path)
     check_finite(state, f"{path}: the tensor ")
+    model.load_state_dict(state)
+
+
+def check_fit(model, state, path):
+    """UserError if a state dict does not have the model's tensors, in their shapes."""
+    own = model.state_dict()
     for name in [*own, *state]:
         if name not in own or not isinstance(state.get(name), torch.Tensor) or own[name].shape != state[name].shape:
             raise UserError(f"{path} does not fit model.py: the tensor {name} is " + (
                 "unknown to the model" if name not in own else
                 "missing" if not isinstance(state.get(name), torch.Tensor) else
                 f"of shape {tuple(state[name].shape)}, not {tuple(own[name].shape)}"))
-    model.load_state_dict(state)
+
+
+def check_averages(model, state, path):
+    """UserError if an average that an optimizer keeps of a parameter does not have its shape."""
+    own = model.state_dict()
+    for name, averages in state.items() if isinstance(state, dict) else [("state", None)]:
+        if name not in own or not isinstance(averages, dict) or any(
+                t.shape != own[name].shape for t in averages.values() if isinstance(t, torch.Tensor) and t.dim()):
+            raise UserError(f"{path} does not fit: its optimizer's averages of {name} are damaged")
 
 
 def find_checkpoint(path):
@@ -282,12 +296,17 @@ def get_state(model, optimizers):
     return get_state_dict(model, optimizers, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def set_state(model, optimizers, checkpoint):
+def set_state(model, optimizers, checkpoint, path):
     """Restores what get_state returned: the weights and the optimizers' averages. Learning rates and weight decay keep
-    their current values."""
+    their current values. UserError if the checkpoint does not fit."""
     settings = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
-    set_state_dict(model, optimizers, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"],
-                   options=StateDictOptions(full_state_dict=True))
+    check_fit(model, checkpoint["model"], path)
+    check_averages(model, checkpoint["optimizer"].get("state"), path)
+    try:
+        set_state_dict(model, optimizers, model_state_dict=checkpoint["model"],
+                       optim_state_dict=checkpoint["optimizer"], options=StateDictOptions(full_state_dict=True))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise UserError(f"{path} does not fit: its optimizer's state is damaged ({first_line(e)})") from None
     for optimizer, groups in zip(optimizers, settings, strict=True):
         for group, kept in zip(optimizer.param_groups, groups, strict=True):
             group.update(kept)

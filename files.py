@@ -76,11 +76,19 @@ def _shown(value):
 def check(config, expected, is_good, *names):
     """UserError for the first of these settings that is not as expected. One that is None is not checked."""
     for name in names:
-        if config[name] is not None and not is_good(config[name]):
-            raise UserError(f"{name} must be {expected}, got {config[name]!r}")
+        try:
+            good = config[name] is None or is_good(config[name])
+        except TypeError:  # a checkpoint may hold a value of any type
+            good = False
+        if not good:
+            raise UserError(f"{name} must be {expected}, got {config[name]!r:.80}")
 
 
 # --- datasets ---
+
+META = {"vocab_size": (int, at_least(1)), "dtype": (str, one_of("uint16", "uint32")), "tokenizer": (dict, None),
+        "train_tokens": (int, at_least(2)), "val_tokens": (int, at_least(2))}
+
 
 def prepare_dataset(folder, arguments, give_up):
     """Runs prepare.py with these arguments, if there is no dataset in data/<dataset> yet. If it fails, it has said why,
@@ -88,6 +96,7 @@ def prepare_dataset(folder, arguments, give_up):
     import shlex
     import subprocess
     import sys
+    finish_publishing(folder)
     if not (folder / "meta.json").exists():
         print(f"no dataset in {folder}: preparing it", flush=True)
         try:
@@ -100,6 +109,30 @@ def prepare_dataset(folder, arguments, give_up):
             give_up(code)
 
 
+def finish_publishing(folder):
+    """Moves the finished files of a dataset from .partial into place. prepare.py does this at its end. If it was killed
+    meanwhile, the next script that needs the dataset does. So there is a whole dataset at every moment: the old one
+    until .partial/meta.json appears, and the new one from then on."""
+    import contextlib
+    import shutil
+    partial = folder / ".partial"
+    try:
+        read_json(partial / "meta.json", META)
+    except (OSError, UserError):  # the new files are not finished
+        return
+    for name in ("train.bin", "val.bin", "meta.json"):
+        with contextlib.suppress(FileNotFoundError):  # it is in place already
+            (partial / name).replace(folder / name)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def at_most_half_a_gigabyte(ids):
+    """All ids of a split, or blocks from all over it if they are many, to look for one outside the vocabulary."""
+    n, block = len(ids), 1 << 20
+    starts = range(0, n, block if n <= 1 << 28 else n // 256)
+    return (ids[start:start + block] for start in starts)
+
+
 def open_dataset(folder):
     """A folder that prepare.py wrote -> the contents of meta.json, and the ids of the training and the validation split
     as memory-mapped arrays. UserError if there is no dataset or if its files do not fit together."""
@@ -107,15 +140,20 @@ def open_dataset(folder):
     folder = Path(folder)
     if not (folder / "meta.json").exists():
         raise UserError(f"no dataset in {folder} on this machine; run prepare.py on every machine, or share the folder")
-    meta = read_json(folder / "meta.json", dict(
-        vocab_size=(int, at_least(1)), dtype=(str, one_of("uint16", "uint32")), train_tokens=(int, at_least(2)),
-        val_tokens=(int, at_least(2)), tokenizer=(dict, None)), advice="run prepare.py again")
+    meta = read_json(folder / "meta.json", META, advice="run prepare.py again")
+    size, tokenizer = meta["vocab_size"], meta["tokenizer"]
+    if size != (50257 if tokenizer.get("kind") == "gpt2" else len(str(tokenizer.get("chars", "")))):
+        raise UserError(f"{folder / 'meta.json'}: vocab_size {size} does not fit the tokenizer; run prepare.py again")
     dtype, splits = np.dtype(meta["dtype"]).newbyteorder("<"), []
     for split in ("train", "val"):
         path, size = folder / f"{split}.bin", meta[f"{split}_tokens"] * dtype.itemsize
         if not path.is_file() or path.stat().st_size != size:
             raise UserError(f"{path} does not have the {size} bytes that meta.json tells of; run prepare.py again")
         splits.append(np.memmap(path, dtype=dtype, mode="r"))
+        largest = max(int(ids.max()) for ids in at_most_half_a_gigabyte(splits[-1]))
+        if largest >= meta["vocab_size"]:
+            raise UserError(f"{path} has the id {largest}, but the vocabulary has only {meta['vocab_size']}; run "
+                            "prepare.py again")
     return meta, *splits
 
 

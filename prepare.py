@@ -27,7 +27,7 @@ val_fraction = 0.1             # the share of the tokens, at the end, that is he
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 import re
 
-from files import UserError, at_least, download, read_json, read_wheel, write_atomically
+from files import META, UserError, download, finish_publishing, read_json, read_wheel, write_atomically
 
 kind = tokenizer or ("gpt2" if dataset in ("shakespeare", "openwebtext") else "char")
 if kind not in ("char", "gpt2"):
@@ -288,10 +288,13 @@ def encode(name, tok, files, partial, progress, dtype, sha256, bad, notes):
     with open(partial / name, "ab") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
         out.truncate(own["tokens"] * dtype.itemsize)  # drops a batch that was not finished
         pieces = enumerate(read_pieces(files, bad, notes))
+        skipped, changed = own["pieces"], f"{input or files[0]} is not the text that the earlier run read"
         while True:  # each turn encodes and saves one batch; pieces that an earlier run encoded are only hashed
             batch, size = [], 0
             for number, (piece, first, position) in pieces:
                 done = position
+                if number == skipped and sha256.hexdigest() != own.get("sha256", sha256.hexdigest()):
+                    start_over(partial, changed)
                 if first and number:
                     sha256.update(separator_text.encode())
                 sha256.update(piece.encode())
@@ -310,10 +313,17 @@ def encode(name, tok, files, partial, progress, dtype, sha256, bad, notes):
                 own["tokens"] += len(ids)
                 new_tokens += len(ids)
             own["pieces"] += len(batch)
+            own["sha256"] = sha256.hexdigest()
             out.flush()
             os.fsync(out.fileno())
             write_atomically(partial / "progress.json", json.dumps(progress).encode())
             show_progress("tokens", done, total, started, new_tokens)
+
+
+def start_over(partial, why):
+    """Ends the program. The next run does not continue from this one."""
+    (partial / "progress.json").unlink(missing_ok=True)
+    raise UserError(f"{why}; run the command again to start over")
 
 
 def split(partial, train, val, dtype):
@@ -333,6 +343,9 @@ def split(partial, train, val, dtype):
             source.seek(train * dtype.itemsize)
             shutil.copyfileobj(source, end)
             source.truncate(train * dtype.itemsize)
+            for f in (source, end):
+                f.flush()
+                os.fsync(f.fileno())
     (partial / "tokens.bin").rename(partial / "train.bin")
     return train, tokens - train
 
@@ -349,14 +362,6 @@ def count_bytes(path, tok, dtype, source=None):
         total += int(counts @ sizes)
     return total
 
-
-def publish(partial):
-    """Moves the finished files into the dataset's folder. meta.json comes last: it says that the others are there."""
-    (FOLDER / "meta.json").unlink(missing_ok=True)
-    for name in ("train.bin", "val.bin", "meta.json"):
-        if (partial / name).exists():
-            (partial / name).replace(FOLDER / name)
-    shutil.rmtree(partial)
 
 
 def tidy():
@@ -385,9 +390,7 @@ def read_progress(partial, job):
         if state["kind"] == "char":
             tok = CharTokenizer(state.get("chars"))
         if (partial / "meta.json").exists():
-            count = int, at_least(1)
-            meta = read_json(partial / "meta.json", {
-                "train_tokens": count, "val_tokens": count, "vocab_size": count, "source": (str, None)})
+            meta = read_json(partial / "meta.json", META | {"source": (str, None)})
     except (OSError, UserError):  # damaged
         return None, None, None
     tok = tok or BPETokenizer()
@@ -413,6 +416,7 @@ def read_nanogpt(folder):
         raise UserError(f"{folder} is a dataset that nanoGPT made, which is taken as it is; leave out --{min(ignored)}")
     partial, dtype, characters = FOLDER / ".partial", np.dtype("<u2"), folder / "meta.pkl"
     tok = read_nanogpt_characters(characters) if characters.exists() else BPETokenizer()
+    finish_publishing(FOLDER)  # what an earlier run left
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     sha256, counts = hashlib.sha256(), {}
@@ -423,9 +427,10 @@ def read_nanogpt(folder):
         if counts[f"{name}_tokens"] < 2 or rest:
             raise UserError(f"{folder / path.name} does not hold at least two numbers of {dtype.itemsize} bytes each")
         counts[f"{name}_bytes"] = count_bytes(path, tok, dtype, folder / path.name)
-        with open(path, "rb") as f:
+        with open(path, "rb+") as f:
             for chunk in iter(lambda: f.read(PIECE), b""):
                 sha256.update(chunk)
+            os.fsync(f.fileno())
     return {"tokenizer": tok.state(), "vocab_size": tok.vocab_size, "dtype": dtype.name,
             "source": f"nanoGPT's {folder}", "sha256": sha256.hexdigest()} | counts
 
@@ -440,7 +445,7 @@ def main():
         write_atomically(partial / "meta.json", json.dumps(meta, indent=1).encode())
     else:
         meta = prepare_text(partial)
-    publish(partial)
+    finish_publishing(FOLDER)
     print(f"{FOLDER}: {meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} to validate, "
           f"a vocabulary of {meta['vocab_size']:,}, from {meta['source']}", flush=True)
 
@@ -452,12 +457,16 @@ def prepare_text(partial):
     if not any(size_of(p) for p in files):
         raise UserError(f"{source} is empty")
 
-    stats = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files + val_files if p != OPENWEBTEXT]
-    job = {"files": stats, "text_key": text_key, "kind": kind, "val": val_input or val_fraction}
+    def files_now():
+        paths = [p for p in files + val_files if p != OPENWEBTEXT]
+        return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+
+    job = {"files": files_now(), "text_key": text_key, "kind": kind, "val": val_input or val_fraction}
     progress, tok, meta = read_progress(partial, job)
     if progress:
         print(f"continuing {partial} after {progress['tokens.bin']['tokens']:,} tokens", flush=True)
     else:
+        finish_publishing(FOLDER)  # what an earlier run left
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         tok = make_tokenizer(kind, files + val_files)
@@ -471,6 +480,8 @@ def prepare_text(partial):
     if val_files:
         sha256.update(b"\0")
         documents += encode("val.bin", tok, val_files, partial, progress, dtype, sha256, bad, notes)
+    if files_now() != job["files"]:
+        start_over(partial, f"{source} was changed while it was read")
     if bad and not documents:
         raise UserError(f"there is no text in {source}; {describe(bad)}")
     if bad:

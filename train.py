@@ -187,7 +187,7 @@ if distributed.is_distributed and strategy == "ddp":
 iter_num, best_val_loss, bad_evals, seconds, eval_seconds = 0, None, 0, 0.0, 0.0  # a resume restores the first four
 text = {"dataset": dataset} | {k: meta.get(k) for k in ("sha256", "val_tokens", "val_bytes")}
 if checkpoint:
-    set_state(raw_model, [o for o, _ in optimizers], checkpoint)
+    set_state(raw_model, [o for o, _ in optimizers], checkpoint, source)
     check_probe(raw_model, checkpoint, source)
     scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} if the run was not in float16 so far
     iter_num, best_val_loss, bad_evals, seconds = (checkpoint[k] for k in

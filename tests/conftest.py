@@ -24,16 +24,16 @@ TEXT = "\n".join(
     for a in ("old", "young", "quiet", "seventh") for b in ("miller", "ferryman", "fox", "clock")
     for c in ("sleeps", "sings", "waits") for d in ("river", "window", "gate") for e in ("nobody minds", "it rains"))
 
-warm_process = None  # tests/warm.py, started by the first script that runs; it ends with this process
+warm_processes = {}  # of tests/warm.py, by number, each started by the first script that runs in it
 
 
-def run_warm(command, folder, environment, meanwhile):
-    """Runs [python, script, ...] in a copy of the warm process; returns what subprocess.run would. While it runs, calls
+def run_warm(command, folder, environment, meanwhile, number):
+    """Runs [python, script, ...] in a copy of a warm process; returns what subprocess.run would. While it runs, calls
     meanwhile with its process id."""
-    global warm_process
-    if warm_process is None:
-        warm_process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "warm.py")], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    if number not in warm_processes:
+        warm_processes[number] = subprocess.Popen([sys.executable, str(ROOT / "tests" / "warm.py")], text=True,
+                                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    warm_process = warm_processes[number]
     with tempfile.TemporaryDirectory() as outputs:
         stdout, stderr = Path(outputs, "stdout"), Path(outputs, "stderr")
         request = {"arguments": command[1:], "folder": str(folder), "environment": environment,
@@ -57,9 +57,9 @@ class Project:
         """The command that runs a script in a process of its own, for subprocess."""
         return [sys.executable, str(self.folder / script), *map(str, arguments)]
 
-    def finish(self, script, *arguments, cwd=None, env=None, fresh=False, meanwhile=lambda pid: None):
+    def finish(self, script, *arguments, cwd=None, env=None, fresh=False, meanwhile=lambda pid: None, number=0):
         """Runs a script to its end, however it ends; returns its exit code and output as subprocess.run does. Calls
-        meanwhile with its process id.
+        meanwhile with its process id. Scripts that run at the same time need different numbers.
 
         A copy of the warm process runs it. A process of its own does with fresh=True, where there is no fork, and where
         variables are set that libraries read while they are imported."""
@@ -71,7 +71,7 @@ class Project:
             meanwhile(process.pid)
             stdout, stderr = process.communicate()
             return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
-        return run_warm(command, folder, environment, meanwhile)
+        return run_warm(command, folder, environment, meanwhile, number)
 
     def run(self, script, *arguments, **how):
         """Runs a script as `finish` does; checks that it succeeds, and returns its standard output."""

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -295,10 +296,14 @@ def test_after_torchrun_no_clean_up_can_crash(ending):
 def test_ctrl_c_is_quiet_at_any_moment(ending):
     """At 20 moments while a script imports torch, and after that."""
     project = ending("import torch, numpy\ntime.sleep(60)")
-    for moment in range(20):
+
+    def interrupt(moment):
         process = subprocess.Popen(project.command("ending.py"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
         assert process.stdout.readline() == "begin\n"
         time.sleep(0.04 * moment)
         process.send_signal(signal.SIGINT)
-        assert process.communicate() == ("", "") and process.returncode == 130, moment
+        return process.communicate(), process.returncode
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(interrupt, range(20))) == [(("", ""), 130)] * 20

@@ -1,15 +1,17 @@
 """Several processes against one: the same losses, the same checkpoints, and an end that is clean whatever ends them."""
 import os
 import signal
+import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
 from checkpoint import load_checkpoint
-from test_train import rows
+from test_train import rows, step_of_log
 
 SETTINGS = ["--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
             "--gradient_accumulation_steps=4", "--dtype=float32", "--log_interval=1", "--warmup_iters=0",
@@ -32,6 +34,24 @@ def finish(process, code=0):
     return printed
 
 
+def two_processes(trained, *arguments, code=0, meanwhile=lambda pid: None):
+    """Runs train.py in two processes, with the variables that torchrun sets, but without its start-up. Calls meanwhile
+    with the id of the second. Returns what the first prints."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def run(rank):
+        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        return trained.finish("train.py", *SETTINGS, *arguments, env={k: str(v) for k, v in env.items()}, number=rank,
+                              meanwhile=meanwhile if rank == 1 else lambda pid: None)
+
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(run, range(2)))
+    assert [done.returncode for done in both] == [code] * 2, both
+    return both[0].stdout
+
+
 def wait_for_step(out, step, process):
     while not (out / "latest.pt").exists() or load_checkpoint(out / "latest.pt")["iter_num"] < step:
         assert process.poll() is None, process.communicate()[0]
@@ -50,10 +70,10 @@ def test_a_checkpoint_goes_on_in_any_number_of_processes(trained):
     trained.run("train.py", *SETTINGS, *settings, "--out_dir=muon", "--max_iters=30")
     reference, out = trained.folder / "muon", trained.folder / "moved"
     resume = ["--init_from=resume", "--out_dir=moved", *settings]
-    finish(torchrun(trained, *resume, "--max_iters=10", "--strategy=fsdp"))
+    two_processes(trained, *resume, "--max_iters=10", "--strategy=fsdp")
     trained.run("train.py", *SETTINGS, *resume, "--max_iters=16")
-    finish(torchrun(trained, *resume, "--max_iters=24"))
-    finish(torchrun(trained, *resume, "--max_iters=30", "--strategy=fsdp"))
+    two_processes(trained, *resume, "--max_iters=24")
+    two_processes(trained, *resume, "--max_iters=30", "--strategy=fsdp")
     assert rows(out, ["iter"]) == rows(reference, ["iter"])
     a, b = (np.array(rows(folder, ["loss"]), dtype=float) for folder in (reference, out))
     assert np.abs(a - b).max() < 1e-4
@@ -67,10 +87,13 @@ def test_stopped_and_killed_processes_end_as_if_never_interrupted(trained):
     settings = ["--max_iters=120", "--eval_interval=60", "--checkpoint_interval=7", "--init_from=resume"]
     trained.run("train.py", *SETTINGS, *settings, "--out_dir=whole")
     out = trained.folder / "broken"
-    process = torchrun(trained, *settings, "--out_dir=broken")
-    wait_for_step(out, 7, process)
-    process.terminate()
-    assert "stopped by signal 15 after step" in finish(process, code=1)
+
+    def stop_at_step_7(pid):
+        while step_of_log(out) < 7:
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGTERM)  # only one of the two; both end after the same step
+    printed = two_processes(trained, *settings, "--out_dir=broken", code=143, meanwhile=stop_at_step_7)
+    assert "stopped by signal 15 after step" in printed
     stopped = load_checkpoint(out / "latest.pt")["iter_num"]
     assert 7 <= stopped < 90
     process = torchrun(trained, "--max-restarts=1", *settings, "--out_dir=broken")

@@ -1,6 +1,7 @@
 """Faults around a run: another run beside it, output that goes away, damaged files, another dataset. Nothing is lost in
 silence, and each message is one line."""
 import csv
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,9 @@ import torch
 
 from checkpoint import load_checkpoint, read_log
 from conftest import TEXT, TINY
-from test_train import rows, same_run, step_of_log
+from test_prepare import small_pieces
+from test_train import rows, same_run, same_state, step_of_log
+from tokenizer import CharTokenizer
 
 LONG = [*TINY, "--max_iters=100000", "--eval_interval=1000"]
 
@@ -34,8 +37,7 @@ def test_a_second_run_in_the_same_folder_is_refused(trained):
     def second(pid):
         wait_for_step(folder, 15)
         for how in ([*TINY, "--max_iters=5"], ["--init_from=resume"]):
-            done = subprocess.run(trained.command("train.py", *how, "--out_dir=shared"), cwd=trained.folder,
-                                  capture_output=True, text=True)
+            done = trained.finish("train.py", *how, "--out_dir=shared", number=1)
             assert done.returncode == 1
             assert done.stderr == (f"error: another run (process {pid}) is writing to shared; stop it, or choose "
                                    "another --out_dir\n")
@@ -76,16 +78,16 @@ def test_a_run_goes_on_without_its_output(trained):
     assert same_run(trained.folder / "heard", trained.folder / "unheard")
 
 
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
-def test_a_run_whose_terminal_goes_away_saves(trained, name):
-    folder, number = trained.folder / name, getattr(signal, name)
-    process = subprocess.Popen(trained.command("train.py", *LONG, f"--out_dir={name}"), cwd=trained.folder,
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_run_whose_terminal_goes_away_saves(trained):
+    folder = trained.folder / "hung-up"
+    process = subprocess.Popen(trained.command("train.py", *LONG, "--out_dir=hung-up"), cwd=trained.folder,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_step(folder, 15)
     process.stdout.close()
     process.stderr.close()
-    process.send_signal(number)
-    assert process.wait(60) == 128 + number
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
     assert load_checkpoint(folder / "latest.pt")["iter_num"] >= int(rows(folder)[-1][0])
 
 
@@ -120,7 +122,6 @@ def test_every_flipped_bit_is_found_or_harmless(trained, tmp_path):
     """In 200 places of a checkpoint: refused in one line, or read with exactly the same contents."""
     path, rng = trained.folder / "out" / "latest.pt", np.random.default_rng(0)
     content, good = path.read_bytes(), load_checkpoint(path)
-    from test_train import same_state
     for place in rng.integers(len(content), size=200):
         damaged = bytearray(content)
         damaged[place] ^= 1 << rng.integers(8)
@@ -198,3 +199,84 @@ def test_weights_that_are_not_finite_are_not_sampled_from(trained):
     (trained.folder / "nan").mkdir()
     torch.save(checkpoint, trained.folder / "nan" / "best.pt")
     assert "is not finite" in trained.fails("sample.py", "--out_dir=nan")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda o: next(iter(o["state"].values())).update(momentum_buffer=torch.zeros(3, 5)),
+    lambda o: o["state"].update({"h.0.ln_1.weight": {"exp_avg": torch.zeros(1, 1)}}),
+    lambda o: o["state"].update({"no.such": {}}), lambda o: o.update(state=3), lambda o: o.clear(),
+    lambda o: o.pop("param_groups"), lambda o: o.update(param_groups=7)])
+def test_an_optimizers_averages_that_do_not_fit_are_refused(trained, damage):
+    folder = trained.folder / f"averages{len(list(trained.folder.glob('averages*')))}"
+    shutil.copytree(trained.folder / "out", folder)
+    checkpoint = load_checkpoint(folder / "latest.pt")
+    damage(checkpoint["optimizer"])
+    torch.save(checkpoint, folder / "latest.pt")
+    how = ["--init_from=resume", f"--out_dir={folder.name}", "--max_iters=70"]
+    assert "does not fit" in trained.fails("train.py", *how)
+
+
+# --- datasets ---
+
+def dataset(project, text=TEXT, name="mine"):
+    (project.folder / f"{name}.txt").write_text(text)
+    return project.finish("prepare.py", f"--dataset={name}", f"--input={name}.txt")
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_prepare_is_killed_while_it_publishes(project, after):
+    """After so many renames. Whatever comes next finds a whole dataset, the new one."""
+    dataset(project)
+    source = (project.folder / "files.py").read_text()
+    line = "            (partial / name).replace(folder / name)\n"
+    assert source.count(line) == 1
+    killed = f"            os._exit(9) if name == {['train.bin', 'val.bin', 'meta.json', None][after]!r} else None\n"
+    (project.folder / "files.py").write_text(source.replace(line, killed + line).replace(
+        "    shutil.rmtree(partial, ignore_errors=True)\n", "    os._exit(9)\n"))
+    assert dataset(project, TEXT[::-1]).returncode == 9
+    (project.folder / "files.py").write_text(source)
+    project.run("train.py", *TINY, "--dataset=mine", "--max_iters=1")
+    folder = project.folder / "data" / "mine"
+    ids = np.concatenate([np.fromfile(folder / f"{split}.bin", dtype="<u2") for split in ("train", "val")])
+    assert CharTokenizer.from_text(TEXT).decode(ids.tolist()) == TEXT[::-1]
+    assert sorted(p.name for p in folder.glob("[!.]*")) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_a_text_that_changes_while_it_is_read(project):
+    source = (project.folder / "prepare.py").read_text()
+    line = "    if files_now() != job[\"files\"]:\n"
+    assert source.count(line) == 1
+    (project.folder / "prepare.py").write_text(source.replace(
+        line, "    with open(input, 'a') as f:\n        f.write('more')\n" + line))
+    assert "was changed while it was read" in dataset(project).stderr
+    assert not (project.folder / "data" / "mine").exists()
+
+
+def test_a_text_that_changed_before_the_work_continues(project):
+    """Though its size and its time are the same."""
+    small_pieces(project)
+    source = (project.folder / "prepare.py").read_text()
+    line = "            show_progress(\"tokens\", done, total, started, new_tokens)\n"
+    assert source.count(line) == 1
+    (project.folder / "prepare.py").write_text(source.replace(line, line + "            os._exit(9)\n"))
+    assert dataset(project, TEXT * 3).returncode == 9
+    (project.folder / "prepare.py").write_text(source)
+    path = project.folder / "mine.txt"
+    times = path.stat()
+    path.write_text(TEXT[::-1] * 3)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    how = ["--dataset=mine", "--input=mine.txt"]
+    assert "is not the text that the earlier run read" in project.finish("prepare.py", *how).stderr
+    project.run("prepare.py", *how)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(vocab_size=30), "does not fit the tokenizer"), (dict(tokenizer={}), "does not fit the tokenizer"),
+    (dict(tokenizer={"kind": "gpt2"}), "does not fit the tokenizer"), (dict(dtype="int16"), "dtype should be"),
+    (dict(vocab_size=5, tokenizer={"kind": "char", "chars": "abcde"}), "has the id 28, but the vocabulary has only 5"),
+    (dict(train_tokens=10), "does not have the 20 bytes"), (dict(val_tokens="9"), "val_tokens should be int")])
+def test_a_dataset_that_does_not_fit_is_refused(project, change, words):
+    dataset(project)
+    path = project.folder / "data" / "mine" / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert words in project.fails("train.py", *TINY, "--dataset=mine")

@@ -320,7 +320,7 @@ def encoded(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Stopped when the files were finished, but not in place."""
-    return stopped_before("publish(partial)\n    print", tmp_path_factory.mktemp("finished"))
+    return stopped_before("finish_publishing(FOLDER)\n    print", tmp_path_factory.mktemp("finished"))
 
 
 def run_again(project, name, damage):
