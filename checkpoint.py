@@ -87,7 +87,7 @@ def load_checkpoint(path, needed=()):
             checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
         except MemoryError:
             raise UserError(f"{path} needs more memory than there is") from None
-        except Exception:  # either raises many kinds for a file that is cut short, or not its own, or unsafe
+        except Exception:  # both raise many kinds of exceptions for a file that is cut short, unsafe or something else
             damaged = True
     if damaged:
         raise UserError(f"{path} is damaged or not a checkpoint; {other_checkpoint(Path(path))}")
@@ -95,7 +95,7 @@ def load_checkpoint(path, needed=()):
         checkpoint = from_nanogpt(checkpoint, Path(path))
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
     if version not in range(1, FORMAT_VERSION + 1):
-        raise UserError(f"{path} has checkpoint format {version}, but this program reads {FORMAT_VERSION}; train anew")
+        raise UserError(f"{path} has checkpoint format {version}, but this program reads 1 to {FORMAT_VERSION}")
     upgrade(checkpoint)
     for name in needed:
         if not isinstance(checkpoint.get(name), needed[name]):
@@ -109,13 +109,13 @@ def other_checkpoint(path):
         return f"restore a copy, or start a new run from the weights in best.pt: --init_from={path.parent / 'best.pt'}"
     if path.name == "best.pt" and (path.parent / "latest.pt").exists():
         return "restore a copy, or move it away to use latest.pt"
-    return "restore a copy, or train anew"
+    return "restore a copy, or train the model again"
 
 
 def upgrade(checkpoint):
     """Brings a checkpoint of an earlier version up to date, in place."""
     if checkpoint["format_version"] == 1 and "model_args" in checkpoint:
-        # The model's shape stood in `model_args`, and once more among the settings.
+        # The model's shape was stored in `model_args`, and once more among the settings.
         shape = checkpoint.pop("model_args")
         checkpoint |= {"model_config": shape, "format_version": 2,
                        "config": {k: v for k, v in checkpoint.get("config", {}).items() if k not in shape}}
@@ -238,7 +238,7 @@ def has_same_text(checkpoint, text, path, may_differ):
     if not may_differ:
         raise UserError(f"the dataset {text['dataset']} is not the one that {path} was trained on; restore it, or go "
                         f"on with the new one: --dataset={text['dataset']}")
-    print_once(f"{text['dataset']} is another text than before, so the lowest validation loss starts anew")
+    print_once(f"{text['dataset']} is another text than before, so the lowest validation loss is reset")
     return False
 
 
@@ -351,7 +351,7 @@ def lock_run(folder):
 
 
 def read_log(path):
-    """log.csv -> its whole rows, as dicts of strings, and the number of lines that are none: cut short, or damaged."""
+    """log.csv -> its valid rows, as dicts of strings, and the number of lines that are cut short or damaged."""
     rows, damaged = [], 0
     with open(path, newline="", encoding="utf-8", errors="replace") as f:
         lines = f.read().splitlines(keepends=True)
@@ -442,9 +442,9 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 def load_pretrained(name_or_folder, block_size=None, dropout=0.0):
     """Loads the weights of a run of ours or of nanoGPT's (see find_checkpoint), or of a GPT-2: gpt2, gpt2-medium,
     gpt2-large, gpt2-xl, the name of any GPT-2 on Hugging Face, or a folder with config.json and the weights
-    (safetensors, in one file or several, or pytorch_model.bin). Returns the model in eval mode and the tokenizer, or
-    None if a folder does not have GPT-2's. block_size cuts off later positions. UserError if the weights cannot be
-    read, or are not those of a GPT-2 that model.py can compute."""
+    (safetensors, in one file or several, or pytorch_model.bin). Returns the model, in eval mode, and the tokenizer,
+    which is None if a folder does not have GPT-2's. block_size cuts off later positions. UserError if the weights
+    cannot be read, or are not those of a GPT-2 that model.py can compute."""
     if find_checkpoint(name_or_folder):
         return load_model(name_or_folder, block_size, dropout)[:2]
     folder = Path(name_or_folder)
@@ -494,7 +494,7 @@ def download_repository(name):
         folder = Path(snapshot_download(name, allow_patterns=patterns[:3]))
         if not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as e:  # the hub raises its own and the network's kinds, for a wrong name as for no connection
+    except Exception as e:  # the hub raises its own exceptions and the network library's
         raise UserError(f"{name} is neither a folder here nor a repository that can be reached on Hugging Face "
                          f"({type(e).__name__}: {first_line(e)})") from None
     return folder
@@ -529,7 +529,7 @@ def read_tensors(folder, name):
                 tensors |= load_file(file)
         except ImportError:
             raise UserError(f"reading {file} needs: pip install safetensors") from None
-        except Exception as e:  # either library raises many kinds for a file that is cut short or not its own
+        except Exception as e:  # both libraries raise many kinds of exceptions for a file that is damaged
             raise UserError(f"{file} cannot be read ({first_line(e)}); fetch it again") from None
     return tensors
 

@@ -6,7 +6,7 @@
 
 Text is cut into tokens (characters, or pieces of words), and each has an id. The model reads ids and returns logits: at
 each position, one score for every token that could come next. A position sees itself and the positions before it, never
-those after ("decoder-only"). So one pass over T tokens makes T predictions, each from its own beginning of the text,
+those after ("decoder-only"). So one pass over T tokens makes T predictions, each from a longer beginning of the text,
 and training learns from all of them. See Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 Shapes in comments:
@@ -320,7 +320,7 @@ class GPT(nn.Module):
         """Continues each prompt of idx (B, T) num_samples times. Yields the ids of each step, (B * num_samples,), the
         samples of a prompt side by side. Stops after max_new_tokens, or when all samples have produced eos_id (the end
         of a text). A sample that ends earlier is padded with eos_id. Temperature 0 takes the most likely token.
-        use_cache=False gives the same, slowly. ValueError for an argument or an id out of range."""
+        use_cache=False gives the same text, slowly. ValueError for an argument or an id out of range."""
         check_sampling(temperature, top_k, top_p, repetition_penalty)
         if max_new_tokens < 0 or num_samples < 1:
             raise ValueError(f"max_new_tokens ({max_new_tokens}) or num_samples ({num_samples}) is too small")

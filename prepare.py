@@ -18,7 +18,7 @@ interrupted leaves the previous dataset as it was, and the same command continue
 import os
 
 dataset = "shakespeare_char"   # the name of the folder in data/
-input: str | None = None       # a file, folder or glob, or -; None: data/<dataset>/input.txt, or a text for its name
+input: str | None = None       # a file, folder or glob, or -; None: data/<dataset>/input.txt, or a built-in text
 val_input: str | None = None   # a file, folder or glob for the validation split; None: the end of `input`
 text_key = "text"              # the key or column of a .json, .jsonl or .parquet file that holds the text
 tokenizer: str | None = None   # char or gpt2; None: gpt2 for shakespeare and openwebtext, else char
@@ -58,7 +58,7 @@ import numpy as np
 from readers import OPENWEBTEXT, PIECE, kind_of, opened, read_documents, size_of
 from tokenizer import BPETokenizer, CharTokenizer, read_nanogpt_characters
 
-BATCH = 16 << 20   # characters after which the progress is saved, about
+BATCH = 16 << 20   # the progress is saved after roughly this many characters
 RUN = 20_000       # characters at the end of a text without white space, in which to look for a place to cut it
 FOLDER = Path(__file__).resolve().parent / "data" / dataset
 STREAM = FOLDER / ".stdin"  # holds standard input while it is read

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from files import UserError
 
-PIECE = 1 << 20    # bytes or characters that are read in one go, about
+PIECE = 1 << 20    # roughly this many bytes or characters are read at a time
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 OPENWEBTEXT = Path("Skylion007/openwebtext")  # its name on Hugging Face, used instead of a file's path
 OPENWEBTEXT_DOCUMENTS = 8_013_769             # used instead of a file's size
@@ -154,7 +154,7 @@ def read_openwebtext():
 
 
 def text_of(record, text_key, notes):
-    """A record, a string or an object with the key text_key -> its text. ValueError if it has none."""
+    """A record (a string, or an object with the key text_key) -> its text. ValueError if it has none."""
     if isinstance(record, bytes):
         record = json.loads(record.rstrip().decode("utf-8-sig"))
     if isinstance(record, dict):

@@ -32,7 +32,7 @@ max_iters = 5000                   # optimizer steps
 learning_rate = 1e-3               # AdamW's peak
 muon_learning_rate = 0.02          # Muon's peak
 warmup_iters: int | None = None    # steps in which the rates rise to their peaks; None: a tenth of lr_decay_iters
-lr_decay_iters: int | None = None  # the step at which they reach their end; None: max_iters when the run starts
+lr_decay_iters: int | None = None  # the step at which they reach their final values; None: max_iters at the start
 final_lr_fraction = 0.1            # the rates at the end, as a fraction of their peaks
 weight_decay = 0.1                 # on matrices; biases and norms have none
 beta1 = 0.9                        # AdamW's decay of the running mean of the gradient
@@ -214,7 +214,7 @@ def save(path, with_optimizers=True):
 @torch.no_grad()
 def evaluate(data, evenly=False):
     """The mean loss over windows that do not overlap, from the start of the split, at most eval_tokens tokens. With
-    `evenly`, as many windows as of the validation split, spread over the whole split. No randomness, no dropout."""
+    `evenly`, as many windows as for the validation split, spread over all of `data`. No randomness, no dropout."""
     T = min(block_size, len(val_data) - 1)
     n = max(1, min(eval_tokens, len(val_data) - 1) // T)
     starts = np.linspace(0, len(data) - T - 1, n).astype(np.int64) if evenly else np.arange(n) * T
@@ -336,7 +336,7 @@ if __name__ == "__main__":
         loss = forward_backward(*batch)
         grad_norm = update_weights()
         iter_num += 1
-        batch = get_batch(iter_num)  # on its way to the device while that is at work
+        batch = get_batch(iter_num)  # copied to the device while that is still computing
         last = iter_num == max_iters
         evaluating = iter_num % eval_interval == 0 or last
         if iter_num % log_interval == 0 or evaluating:
