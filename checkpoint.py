@@ -94,13 +94,23 @@ def load_checkpoint(path, needed=()):
     if isinstance(checkpoint, dict) and "format_version" not in checkpoint and "model_args" in checkpoint:
         checkpoint = from_nanogpt(checkpoint, Path(path))
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
-    if version not in range(1, FORMAT_VERSION + 1):
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise UserError(f"{path} has checkpoint format {version}, but this program reads 1 to {FORMAT_VERSION}")
     upgrade(checkpoint)
+    for name in ("model_config", "config", "tokenizer", "iter_num", "best_val_loss", "bad_evals", "seconds", "text"):
+        if holds_tensor(checkpoint.get(name)):
+            raise UserError(f"{path} is damaged: {name} holds a tensor")
     for name in needed:
         if not isinstance(checkpoint.get(name), needed[name]):
             raise UserError(f"{path} lacks {name!r}; latest.pt is for resuming, and either it or best.pt for sampling")
     return checkpoint
+
+
+def holds_tensor(value):
+    """Whether there is a tensor among plain values, which a comparison would not expect."""
+    if isinstance(value, (dict, list, tuple)):
+        return any(map(holds_tensor, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, torch.Tensor)
 
 
 def other_checkpoint(path):
@@ -138,6 +148,14 @@ def model_config(fields, path):
         return GPTConfig(**fields)
     except (TypeError, ValueError) as e:
         raise UserError(f"{path}: {e}") from None
+
+
+def check_size(config, state, path):
+    """UserError if a model of this config would be much larger than its tensors, before it takes the memory."""
+    total = sum(t.numel() for t in state.values() if isinstance(t, torch.Tensor))
+    positions = config.block_size * config.n_embd if "wpe.weight" in state else 0
+    if config.n_layer > len(state) or max(config.vocab_size * config.n_embd, config.n_embd ** 2, positions) > total:
+        raise UserError(f"{path} does not fit model.py: its tensors are too small for its model_config")
 
 
 def load_weights(model, state, path):
@@ -183,6 +201,7 @@ def load_model(out_dir, block_size=None, dropout=None):
                         "for example with python train.py config/train_shakespeare_char.py")
     checkpoint = load_checkpoint(path, TO_SAMPLE)
     config = model_config(checkpoint["model_config"], path)
+    check_size(config, checkpoint["model"], path)
     model = GPT(config if dropout is None else dataclasses.replace(config, dropout=dropout))
     load_weights(model, checkpoint["model"], path)
     check_probe(model, checkpoint, path)

@@ -132,7 +132,7 @@ def read_parquet(path, text_key):
                     with contextlib.suppress(UnicodeDecodeError):  # its bytes are not a string: a bad record
                         value = value.as_py()
                     yield number, {text_key: value}, size * number // total
-    except (pyarrow.ArrowException, OSError) as e:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path} cannot be read as Parquet: {e}") from e
 
 
