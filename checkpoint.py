@@ -345,7 +345,8 @@ def first_line(e):
 def move_earlier_run(folder):
     """Renames a folder that holds a run, or anything of one, to folder.1, folder.2, ... A link to a folder stays, and
     the folder itself is renamed."""
-    if folder.is_dir() and (any(folder.glob("*.pt")) or (folder / "log.csv").exists()):
+    log = folder / "log.csv"
+    if folder.is_dir() and (any(folder.glob("*.pt")) or log.exists() and any(read_log(log))):
         folder, n = folder.resolve() if folder.is_symlink() else folder, 1
         while Path(f"{folder}.{n}").exists():
             n += 1
@@ -419,7 +420,8 @@ class Log:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.COLUMNS)
         writer.writeheader()
-        writer.writerows(row for row in rows if int(row["iter"]) <= checkpoint["iter_num"])
+        # A run that resumes at step 0 evaluates once more, and writes that row again.
+        writer.writerows(row for row in rows if int(row["iter"]) <= checkpoint["iter_num"] > 0)
         write_atomically(self.path, text.getvalue().encode())
         self.board = SummaryWriter(folder) if config["tensorboard"] else None
         if config["wandb"]:

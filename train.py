@@ -318,11 +318,11 @@ if __name__ == "__main__":
 
     log = Log(out, checkpoint, config)
     if iter_num == 0:
+        save(out / "latest.pt")  # so that a run can be resumed from its first moment on
         log.write(iter=0, tokens=0, seconds=0, **evaluate_and_keep_best())
     machine_peak, source = peak_flops(device, dtype)
     if machine_peak:
         print_once(f"peak of matrix multiplications in {dtype}: {machine_peak / 1e12:.2f} TFLOP/s ({source})")
-    flops_per_token = raw_model.flops_per_token(block_size)
     distributed.catch_stop_signals()
     start_iter, start_seconds, loss, stop = iter_num, seconds, None, 0
     batch, mark, logged_at, logged_seconds = get_batch(iter_num), time.perf_counter(), iter_num, seconds
@@ -346,7 +346,8 @@ if __name__ == "__main__":
             speed = (iter_num - logged_at) * tokens_per_step / (seconds - logged_seconds)
             left = ((max_iters - iter_num) * (seconds - start_seconds) / (iter_num - start_iter)
                     + (-(-max_iters // eval_interval) - iter_num // eval_interval) * eval_seconds)
-            of_peak = f" ({speed * flops_per_token / machine_peak / world_size:.0%} of peak)" if machine_peak else ""
+            flops = speed * raw_model.flops_per_token(block_size) / world_size
+            of_peak = f" ({flops / machine_peak:.0%} of peak)" if machine_peak else ""
             print_once(f"step {iter_num}/{max_iters}  loss {mean_loss:.4f}  lr {learning_rate * scale:.2e}  grad norm "
                        f"{grad_norm.item():.3f}  {speed:,.0f} tokens/s{of_peak}  {format_seconds(left)} left")
             check_finite(mean_loss)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from checkpoint import load_checkpoint, read_log
-from conftest import TEXT, TINY
+from conftest import TEXT, TINY, Project
 from test_prepare import small_pieces
 from test_train import rows, same_run, same_state, step_of_log
 from tokenizer import CharTokenizer
@@ -280,3 +280,20 @@ def test_a_dataset_that_does_not_fit_is_refused(project, change, words):
     path = project.folder / "data" / "mine" / "meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert words in project.fails("train.py", *TINY, "--dataset=mine")
+
+
+def test_a_run_that_is_killed_before_its_first_step_is_resumed(trained):
+    """Once best.pt is written, and before the log has its first row."""
+    (trained.folder / "early-copy").mkdir()
+    project = Project(trained.folder / "early-copy")
+    shutil.copytree(trained.folder / "data", project.folder / "data")
+    source = (project.folder / "checkpoint.py").read_text()
+    line = "    def write(self, **row):\n"
+    assert source.count(line) == 1
+    (project.folder / "checkpoint.py").write_text(source.replace(line, line + "        os._exit(9)\n"))
+    how = [*TINY, "--max_iters=20", "--init_from=resume"]
+    assert project.finish("train.py", *how).returncode == 9
+    (project.folder / "checkpoint.py").write_text(source)
+    assert "resuming out after step 0" in project.run("train.py", *how)
+    trained.run("train.py", *how, "--out_dir=never-killed")
+    assert same_run(trained.folder / "never-killed", project.folder / "out")
