@@ -318,12 +318,16 @@ def get_state(model, optimizers):
 def set_state(model, optimizers, checkpoint, path):
     """Restores what get_state returned: the weights and the optimizers' averages. Learning rates and weight decay keep
     their current values. UserError if the checkpoint does not fit."""
-    settings = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
     check_fit(model, checkpoint["model"], path)
-    check_averages(model, checkpoint["optimizer"].get("state"), path)
+    if checkpoint["iter_num"] == 0:  # the optimizers had no averages yet
+        optimizers, averages = [], {}
+    else:
+        averages = checkpoint["optimizer"]
+        check_averages(model, averages.get("state"), path)
+    settings = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
     try:
-        set_state_dict(model, optimizers, model_state_dict=checkpoint["model"],
-                       optim_state_dict=checkpoint["optimizer"], options=StateDictOptions(full_state_dict=True))
+        set_state_dict(model, optimizers, model_state_dict=checkpoint["model"], optim_state_dict=averages,
+                       options=StateDictOptions(full_state_dict=True))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         raise UserError(f"{path} does not fit: its optimizer's state is damaged ({first_line(e)})") from None
     for optimizer, groups in zip(optimizers, settings, strict=True):

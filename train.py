@@ -197,16 +197,16 @@ if checkpoint:
 
 
 def save(path, with_optimizers=True):
-    """Writes a checkpoint of the run as it stands. UserError if a weight is not finite; the previous file then
-    stays."""
-    model_state, optimizer_state = get_state(raw_model, [o for o, _ in optimizers] if with_optimizers else [])
-    shape = asdict(raw_model.config)
+    """Writes a checkpoint of the run as it stands. UserError if a weight is not finite; the previous file stays."""
+    kept = [o for o, _ in optimizers] if with_optimizers and iter_num else []  # at step 0, asking would count as a step
+    model_state, optimizer_state = get_state(raw_model, kept)
     distributed.run_on_main_process(save_checkpoint, path, {
-        "model": model_state, "optimizer": optimizer_state if with_optimizers else None, "model_config": shape,
-        "config": {k: v for k, v in config.items() if k not in shape}, "tokenizer": meta["tokenizer"],
+        "model": model_state, "optimizer": optimizer_state if with_optimizers else None,
+        "model_config": (shape := asdict(raw_model.config)), "tokenizer": meta["tokenizer"],
+        "config": {k: v for k, v in config.items() if k not in shape}, "text": text, "wandb_id": log.wandb_id,
         "iter_num": iter_num, "best_val_loss": best_val_loss, "bad_evals": bad_evals, "seconds": seconds,
-        "tokens": iter_num * sequences * block_size, "scaler": scaler.state_dict(), "probe": probe(raw_model),
-        "text": text, "wandb_id": log.wandb_id})
+        "tokens": iter_num * sequences * block_size, "scaler": scaler.state_dict(), "probe": probe(raw_model)})
+
 
 
 # --- evaluation ---

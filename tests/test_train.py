@@ -57,6 +57,8 @@ def test_log_and_checkpoint(trained):
     assert seconds == sorted(seconds)
     checkpoint = load_checkpoint(out / "latest.pt")
     assert checkpoint["iter_num"] == 60 and checkpoint["model_config"]["n_embd"] == 32
+    steps = {int(state["step"]) for state in checkpoint["optimizer"]["state"].values() if "step" in state}
+    assert steps == {60}  # no checkpoint counts as a step of an optimizer
     assert not checkpoint["config"].keys() & checkpoint["model_config"].keys()  # each value stands in one place
     assert checkpoint["tokenizer"]["kind"] == "char"
     assert checkpoint["best_val_loss"] == pytest.approx(min(float(r[4]) for r in log if r[4]))
