@@ -119,10 +119,10 @@ def test_a_dataset_that_was_replaced_is_noticed(trained):
 # --- damaged files ---
 
 def test_every_flipped_bit_is_found_or_harmless(trained, tmp_path):
-    """In 200 places of a checkpoint: refused in one line, or read with exactly the same contents."""
+    """In 100 places of a checkpoint: refused in one line, or read with exactly the same contents."""
     path, rng = trained.folder / "out" / "latest.pt", np.random.default_rng(0)
     content, good = path.read_bytes(), load_checkpoint(path)
-    for place in rng.integers(len(content), size=200):
+    for place in rng.integers(len(content), size=100):
         damaged = bytearray(content)
         damaged[place] ^= 1 << rng.integers(8)
         (tmp_path / "latest.pt").write_bytes(damaged)

@@ -19,7 +19,7 @@ from files import META, UserError, read_json
 from readers import read_documents
 from tokenizer import read_nanogpt_characters
 
-CASES = int(os.environ.get("FUZZ_CASES", 30))  # of each kind; more find more
+CASES = int(os.environ.get("FUZZ_CASES", 12))  # of each kind; more find more
 
 
 def damaged(content, rng):
