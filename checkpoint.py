@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from distributed import is_main_process, print_once
-from files import UserError, read_json, write_atomically
+from files import LOG_COLUMNS, UserError, read_json, read_log, write_atomically
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, fetch_vocabulary, load_tokenizer, read_nanogpt_characters
 
@@ -75,7 +75,8 @@ def check_finite(value, name, advice=""):
 
 TO_SAMPLE = {"model": dict, "model_config": dict, "tokenizer": dict}
 TO_RESUME = TO_SAMPLE | {"config": dict, "optimizer": dict, "iter_num": int, "bad_evals": int, "seconds": float,
-                         "scaler": dict}
+                         "scaler": dict, "best_val_loss": (float, type(None)), "text": (dict, type(None)),
+                         "wandb_id": (str, type(None))}
 
 
 def load_checkpoint(path, needed=()):
@@ -96,7 +97,11 @@ def load_checkpoint(path, needed=()):
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise UserError(f"{path} has checkpoint format {version}, but this program reads 1 to {FORMAT_VERSION}")
-    upgrade(checkpoint)
+    try:
+        upgrade(checkpoint)
+    except (AttributeError, TypeError) as e:
+        raise UserError(f"{path} is damaged: its settings are not those of format {version} ({first_line(e)})"
+                        ) from None
     for name in ("model_config", "config", "tokenizer", "iter_num", "best_val_loss", "bad_evals", "seconds", "text"):
         if holds_tensor(checkpoint.get(name)):
             raise UserError(f"{path} is damaged: {name} holds a tensor")
@@ -252,12 +257,12 @@ def check_probe(model, checkpoint, path):
 def has_same_text(checkpoint, text, path, may_differ):
     """Whether a run resumes on the dataset that its checkpoint was trained on. If not, and it must: UserError."""
     before = checkpoint.get("text") or text
-    if before["sha256"] == text["sha256"]:
+    if before.get("sha256") == text["sha256"]:
         return True
     if not may_differ:
         raise UserError(f"the dataset {text['dataset']} is not the one that {path} was trained on; restore it, or go "
                         f"on with the new one: --dataset={text['dataset']}")
-    print_once(f"{text['dataset']} is another text than before, so the lowest validation loss is reset")
+    print_once(f"the text of {text['dataset']} is not that of the checkpoint, so the lowest validation loss is reset")
     return False
 
 
@@ -287,8 +292,8 @@ def from_nanogpt(checkpoint, path):
 
 
 def nanogpt_tokenizer(dataset, vocab_size, path):
-    """nanoGPT's checkpoint does not hold its tokenizer -> that of its dataset, if it lies where nanoGPT has it or was
-    imported here. UserError if it is not found."""
+    """The tokenizer's state for a checkpoint of nanoGPT, which does not hold it: that of its dataset, if this is where
+    nanoGPT puts it or was imported here. UserError if it is not found."""
     if vocab_size == 50257:
         return {"kind": "gpt2"}
     data = Path(__file__).resolve().parent / "data"
@@ -374,31 +379,10 @@ def lock_run(folder):
     return lock
 
 
-def read_log(path):
-    """log.csv -> its valid rows, as dicts of strings, and the number of lines that are cut short or damaged."""
-    rows, damaged = [], 0
-    with open(path, newline="", encoding="utf-8", errors="replace") as f:
-        lines = f.read().splitlines(keepends=True)
-    for n, line in enumerate(lines):
-        row = dict(zip(Log.COLUMNS, next(csv.reader([line.replace("\0", "?")]), []), strict=False))
-        try:
-            if len(row) < len(Log.COLUMNS) or not line.endswith("\n"):
-                raise ValueError("it is cut short")
-            if list(row.values()) != Log.COLUMNS or n > 0:
-                numbers = [float(row[name]) for name in Log.COLUMNS if row[name] or name in Log.COLUMNS[:3]]
-                if not all(map(math.isfinite, numbers)) or (rows and int(row["iter"]) <= int(rows[-1]["iter"])):
-                    raise ValueError("it is not a row")
-                rows.append(row)
-        except (ValueError, csv.Error):
-            damaged += 1
-    return rows, damaged
-
-
 class Log:
     """A run's log.csv, and the same figures for TensorBoard and Weights & Biases, if `config` asks for them. A new run
     moves an earlier one out of its folder. A run that resumes from `checkpoint` keeps the rows up to its step, and the
     run at Weights & Biases. Only the main process writes."""
-    COLUMNS = ["iter", "tokens", "seconds", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second"]
 
     def __init__(self, folder, checkpoint, config):
         self.path, self.board, self.wandb = Path(folder, "log.csv"), None, None
@@ -420,9 +404,9 @@ class Log:
             self.lock = lock_run(self.path.parent)
         rows, damaged = read_log(self.path) if checkpoint and self.path.exists() else ([], 0)
         if damaged:
-            print(f"{self.path} had {damaged} damaged lines, which are left out", flush=True)
+            print(f"{self.path}: left out {damaged} damaged line{'s' * (damaged != 1)}", flush=True)
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.COLUMNS)
+        writer = csv.DictWriter(text, LOG_COLUMNS)
         writer.writeheader()
         # A run that resumes at step 0 evaluates once more, and writes that row again.
         writer.writerows(row for row in rows if int(row["iter"]) <= checkpoint["iter_num"] > 0)
@@ -438,7 +422,7 @@ class Log:
         if not is_main_process():
             return
         with open(self.path, "a", newline="", encoding="utf-8") as f:
-            csv.DictWriter(f, self.COLUMNS).writerow({k: f"{v:.12g}" for k, v in row.items()})
+            csv.DictWriter(f, LOG_COLUMNS).writerow({k: f"{v:.12g}" for k, v in row.items()})
         if self.board:
             for name, value in row.items():
                 self.board.add_scalar(name, value, row["iter"])

@@ -1,5 +1,5 @@
 # Gives a script its command line, its config files and its error messages. Scripts do not import this file. They
-# execute it, so that it can change their settings, below these settings and above their heavy imports:
+# execute it, below their settings, which it changes, and above their heavy imports:
 #
 #     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 #
@@ -12,7 +12,7 @@
 # two more globals. `config` holds the value of every setting. `overrides` holds those that a config file or the command
 # line set.
 #
-# A user's mistake and a system's error print one line, `error: ...`, and end with exit code 1.
+# Mistakes of the user and errors of the system print one line, `error: ...`, and end with exit code 1.
 # Ctrl-C ends with exit code 130. Any other exception is a bug and prints its traceback. GPT_TRACEBACK=1 in the
 # environment prints the traceback of every error.
 import os

@@ -28,7 +28,8 @@ def is_main_process():
 
 
 def start(device, strategy="ddp"):
-    """Joins the other processes, if torchrun started this one. UserError if the strategy needs several, but did not."""
+    """Joins the other processes, if torchrun started this one. UserError if it did not, and the strategy needs
+    several."""
     global store
     if not is_distributed:
         if strategy == "fsdp":

@@ -16,12 +16,14 @@ Both change the model in place and return it: a layer gets a subclass that compu
     decode_one_token       compiled          one loop reads each weight once, whatever its dtype            1.8x
     memory on Linux        kept              what is freed and needed again does not go back to the system  2.0x
 
-    python fast.py   # measures the gains on this machine; those above are from two cores of an AMD EPYC (Zen 4)
+    python fast.py   # measures these gains, but the last, on this machine
 
-oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gain of PackedLinear is that of a
-single row. The compiled step (in float32) and Int8Linear (compiled) are compared with PackedLinear, not with nn.Linear.
-The gain of kept memory is that of a training step on byte pairs, with and without a call of keep_memory
-(bench_train.py).
+The gains above are from two cores of an AMD EPYC (Zen 4). oneDNN and MKL are the libraries that multiply matrices for
+PyTorch on a CPU. The gain of PackedLinear is that of a single row. The compiled step (in float32) and Int8Linear
+(compiled) are compared with PackedLinear, not with nn.Linear. The gain of kept memory is that of a training step on
+byte pairs, with and without the call of keep_memory:
+
+    python bench_train.py config/train_shakespeare_char.py --dataset=shakespeare
 
 model.py has the last word. Only layers of exactly the class in the table are replaced, and they are compared with
 their replacements first. If they differ, because someone has changed model.py, the plain layer stays, and one line on

@@ -126,11 +126,11 @@ def finish_publishing(folder):
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def at_most_half_a_gigabyte(ids):
-    """All ids of a split, or blocks from all over it if they are many, to look for one outside the vocabulary."""
-    n, block = len(ids), 1 << 20
-    starts = range(0, n, block if n <= 1 << 28 else n // 256)
-    return (ids[start:start + block] for start in starts)
+def largest_id(ids):
+    """The largest id of a split. Of more than 2^28 ids, it looks at 256 blocks from all over the split."""
+    block = 1 << 20
+    step = block if len(ids) <= 256 * block else len(ids) // 256
+    return max(int(ids[start:start + block].max()) for start in range(0, len(ids), step))
 
 
 def open_dataset(folder):
@@ -141,20 +141,47 @@ def open_dataset(folder):
     if not (folder / "meta.json").exists():
         raise UserError(f"no dataset in {folder} on this machine; run prepare.py on every machine, or share the folder")
     meta = read_json(folder / "meta.json", META, advice="run prepare.py again")
-    size, tokenizer = meta["vocab_size"], meta["tokenizer"]
-    if size != (50257 if tokenizer.get("kind") == "gpt2" else len(str(tokenizer.get("chars", "")))):
-        raise UserError(f"{folder / 'meta.json'}: vocab_size {size} does not fit the tokenizer; run prepare.py again")
+    vocab_size, tokenizer = meta["vocab_size"], meta["tokenizer"]
+    if vocab_size != (50257 if tokenizer.get("kind") == "gpt2" else len(str(tokenizer.get("chars", "")))):
+        raise UserError(f"{folder / 'meta.json'}: vocab_size {vocab_size} does not fit the tokenizer; run prepare.py "
+                        "again")
     dtype, splits = np.dtype(meta["dtype"]).newbyteorder("<"), []
     for split in ("train", "val"):
         path, size = folder / f"{split}.bin", meta[f"{split}_tokens"] * dtype.itemsize
         if not path.is_file() or path.stat().st_size != size:
             raise UserError(f"{path} does not have the {size} bytes that meta.json tells of; run prepare.py again")
         splits.append(np.memmap(path, dtype=dtype, mode="r"))
-        largest = max(int(ids.max()) for ids in at_most_half_a_gigabyte(splits[-1]))
-        if largest >= meta["vocab_size"]:
-            raise UserError(f"{path} has the id {largest}, but the vocabulary has only {meta['vocab_size']}; run "
-                            "prepare.py again")
+        largest = largest_id(splits[-1])
+        if largest >= vocab_size:
+            raise UserError(f"{path} has the id {largest}, but the vocabulary has only {vocab_size}; run prepare.py "
+                            "again")
     return meta, *splits
+
+
+# --- a run's log.csv ---
+
+LOG_COLUMNS = ["iter", "tokens", "seconds", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second"]
+
+
+def read_log(path):
+    """log.csv -> its whole rows, as dicts of strings, and the number of lines that are damaged. A missing header counts
+    as one if nothing else is there."""
+    import math
+    with open(path, newline="", encoding="utf-8", errors="replace") as f:
+        lines = f.read().splitlines(keepends=True)
+    rows, damaged = [], int(not lines)
+    for line in lines[1 if lines and lines[0].rstrip("\r\n") == ",".join(LOG_COLUMNS) else 0:]:
+        try:
+            row = dict(zip(LOG_COLUMNS, line.rstrip("\r\n").split(","), strict=True))
+            needed = LOG_COLUMNS[:3] if row["iter"] == "0" else LOG_COLUMNS[:4]  # step 0 has no loss of a batch
+            numbers = [float(row[name]) for name in LOG_COLUMNS if row[name] or name in needed]
+            in_order = not rows or int(row["iter"]) > int(rows[-1]["iter"])
+            if not (line.endswith("\n") and in_order and all(map(math.isfinite, numbers))):
+                raise ValueError
+            rows.append(row)
+        except ValueError:
+            damaged += 1
+    return rows, damaged
 
 
 # --- downloads: the usual address first, PyPI where that cannot be reached ---

@@ -23,14 +23,14 @@ json: str | None = None       # gradients, kv, train: the files with the figures
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 
-import csv
 import io
 import json as json_format
 import math
+import sys
 import textwrap
 from pathlib import Path
 
-from files import UserError, write_atomically
+from files import UserError, read_log, write_atomically
 
 # --- the settings, and the figures in files ---
 
@@ -56,24 +56,19 @@ def check_settings():
         raise UserError(f"--what={what} needs the file with the figures: --json=FILE")
 
 
-def read_log(folder):
-    """A run's log.csv -> {column: its numbers, None where a row has none}. UserError if it is missing or damaged."""
+def read_losses(folder):
+    """A run's log.csv -> {column: its numbers, None where a row has none}. UserError without a whole row."""
     path = Path(folder, "log.csv")
     if not path.is_file():
         raise UserError(f"no {path}: train.py writes it")
-    with open(path, newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
-    try:
-        columns = {name: [float(row[name]) if row[name] else None for row in rows]
-                   for name in ("iter", "seconds", "loss", "train_loss", "val_loss")}
-    except (KeyError, TypeError, ValueError, csv.Error) as e:
-        raise UserError(f"{path} is not a log of train.py, or is damaged ({type(e).__name__}: {e})") from None
-    trained = [loss for step, loss in zip(columns["iter"], columns["loss"], strict=True) if step != 0]
-    if not rows or None in columns["iter"] + columns["seconds"] + trained:
-        raise UserError(f"{path} has no row, or a row without its iter, seconds or loss")
-    scale = bits_per_nat(folder) if y == "bits" else 1.0
-    return {name: [v if v is None or name in ("iter", "seconds") else v * scale for v in values]
-            for name, values in columns.items()}
+    rows, damaged = read_log(path)
+    if not rows:
+        raise UserError(f"{path} has no whole row; train.py writes one for each step that it logs")
+    if damaged:
+        print(f"{path}: left out {damaged} damaged line{'s' * (damaged != 1)}", file=sys.stderr)
+    loss_unit = bits_per_nat(folder) if y == "bits" else 1.0
+    units = {"iter": 1.0, "seconds": 1.0, "loss": loss_unit, "train_loss": loss_unit, "val_loss": loss_unit}
+    return {name: [float(row[name]) * unit if row[name] else None for row in rows] for name, unit in units.items()}
 
 
 def bits_per_nat(folder):
@@ -83,8 +78,8 @@ def bits_per_nat(folder):
     path = find_checkpoint(folder)
     text = load_checkpoint(path).get("text", {}) if path else {}
     if not text.get("val_bytes"):
-        raise UserError(f"{folder} has no checkpoint that says how many bytes its validation text has; train it anew, "
-                        "or leave out --y=bits")
+        raise UserError(f"{folder} has no checkpoint that says how many bytes its validation text has; train the model "
+                        "again, or leave out --y=bits")
     return text["val_tokens"] / text["val_bytes"] / math.log(2)
 
 
@@ -108,7 +103,7 @@ def read_records():
 
 
 check_settings()
-data = read_records() if what in NEEDED else {f: read_log(f) for f in out_dir.split(",")} if what == "loss" else None
+data = read_records() if what in NEEDED else {f: read_losses(f) for f in out_dir.split(",")} if what == "loss" else None
 
 try:
     import matplotlib

@@ -61,7 +61,8 @@ from tokenizer import BPETokenizer, CharTokenizer, read_nanogpt_characters
 BATCH = 16 << 20   # the progress is saved after roughly this many characters
 RUN = 20_000       # characters at the end of a text without white space, in which to look for a place to cut it
 FOLDER = Path(__file__).resolve().parent / "data" / dataset
-STREAM = FOLDER / ".stdin"  # holds standard input while it is read
+PARTIAL = FOLDER / ".partial"  # holds the files until they are finished
+STREAM = FOLDER / ".stdin"     # holds standard input while it is read
 
 
 # --- tiny Shakespeare ---
@@ -270,7 +271,7 @@ def make_tokenizer(kind, files):
     return CharTokenizer("".join(sorted(seen)))
 
 
-def encode(name, tok, files, partial, progress, dtype, sha256, bad, notes):
+def encode(name, tok, files, progress, dtype, sha256, bad, notes):
     """Appends the ids of all pieces to .partial/<name>, from where `progress` says that an earlier run stopped. Adds
     the text to sha256. Returns how many documents there are."""
     separator_text = "\n" if tok.eot is None else "<|endoftext|>"
@@ -285,16 +286,16 @@ def encode(name, tok, files, partial, progress, dtype, sha256, bad, notes):
         return np.concatenate(arrays).astype(dtype)
 
     started, new_tokens, documents = time.time(), 0, 0
-    with open(partial / name, "ab") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with open(PARTIAL / name, "ab") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
         out.truncate(own["tokens"] * dtype.itemsize)  # drops a batch that was not finished
         pieces = enumerate(read_pieces(files, bad, notes))
-        skipped, changed = own["pieces"], f"{input or files[0]} is not the text that the earlier run read"
+        skipped = own["pieces"]
         while True:  # each turn encodes and saves one batch; pieces that an earlier run encoded are only hashed
             batch, size = [], 0
             for number, (piece, first, position) in pieces:
                 done = position
                 if number == skipped and sha256.hexdigest() != own.get("sha256", sha256.hexdigest()):
-                    start_over(partial, changed)
+                    start_over(f"{input or files[0]} is not the text that the earlier run read")
                 if first and number:
                     sha256.update(separator_text.encode())
                 sha256.update(piece.encode())
@@ -316,37 +317,37 @@ def encode(name, tok, files, partial, progress, dtype, sha256, bad, notes):
             own["sha256"] = sha256.hexdigest()
             out.flush()
             os.fsync(out.fileno())
-            write_atomically(partial / "progress.json", json.dumps(progress).encode())
+            write_atomically(PARTIAL / "progress.json", json.dumps(progress).encode())
             show_progress("tokens", done, total, started, new_tokens)
 
 
-def start_over(partial, why):
+def start_over(why):
     """Ends the program. The next run does not continue from this one."""
-    (partial / "progress.json").unlink(missing_ok=True)
+    (PARTIAL / "progress.json").unlink(missing_ok=True)
     raise UserError(f"{why}; run the command again to start over")
 
 
-def split(partial, train, val, dtype):
+def split(train, val, dtype):
     """The numbers of tokens that were encoded as training and as validation text -> how many tokens the splits have.
     Without validation text, cuts the end off tokens.bin. Then renames it to train.bin."""
     tokens = train + val
     train = train if val_input else int(tokens * (1 - val_fraction))
     if train < 2 or tokens - train < 2:
-        (partial / "progress.json").unlink(missing_ok=True)  # nothing to continue: tidy() removes the folder
+        (PARTIAL / "progress.json").unlink(missing_ok=True)  # nothing to continue: tidy() removes the folder
         if val_input:
             raise UserError(f"the training text has {plural(train, 'token')} and the validation text "
                             f"{plural(val, 'token')}; each needs at least 2")
         raise UserError(f"the text has {plural(tokens, 'token')}, too few for a training and a validation split of at "
                         "least 2 each; give more text, or another --val_fraction")
     if not val_input:
-        with open(partial / "tokens.bin", "rb+") as source, open(partial / "val.bin", "wb") as end:
+        with open(PARTIAL / "tokens.bin", "rb+") as source, open(PARTIAL / "val.bin", "wb") as end:
             source.seek(train * dtype.itemsize)
             shutil.copyfileobj(source, end)
             source.truncate(train * dtype.itemsize)
             for f in (source, end):
                 f.flush()
                 os.fsync(f.fileno())
-    (partial / "tokens.bin").rename(partial / "train.bin")
+    (PARTIAL / "tokens.bin").rename(PARTIAL / "train.bin")
     return train, tokens - train
 
 
@@ -363,23 +364,21 @@ def count_bytes(path, tok, dtype, source=None):
     return total
 
 
-
 def tidy():
     """Removes what an error left, unless the next run can continue from it."""
     STREAM.unlink(missing_ok=True)
-    partial = FOLDER / ".partial"
-    if partial.is_dir() and not (partial / "progress.json").exists():
-        shutil.rmtree(partial)
+    if PARTIAL.is_dir() and not (PARTIAL / "progress.json").exists():
+        shutil.rmtree(PARTIAL)
     if FOLDER.is_dir() and not FOLDER.is_symlink() and not any(FOLDER.iterdir()):
         FOLDER.rmdir()
 
 
-def read_progress(partial, job):
+def read_progress(job):
     """-> (progress, tokenizer, meta) of an interrupted run of the same job. progress is None if there is nothing to
     continue from; meta is None if the run had not written .partial/meta.json yet."""
     tok = meta = None
     try:
-        progress = read_json(partial / "progress.json", {
+        progress = read_json(PARTIAL / "progress.json", {
             "job": (dict, None), "tokenizer": (dict, None), "tokens.bin": (dict, None), "val.bin": (dict, None)})
         state = progress["tokenizer"]
         if not all(type(progress[name].get(key)) is int and progress[name][key] >= 0
@@ -389,14 +388,14 @@ def read_progress(partial, job):
             return None, None, None
         if state["kind"] == "char":
             tok = CharTokenizer(state.get("chars"))
-        if (partial / "meta.json").exists():
-            meta = read_json(partial / "meta.json", META | {"source": (str, None)})
+        if (PARTIAL / "meta.json").exists():
+            meta = read_json(PARTIAL / "meta.json", META | {"source": (str, None)})
     except (OSError, UserError):  # damaged
         return None, None, None
     tok = tok or BPETokenizer()
     for name in ("tokens.bin", "val.bin"):
         size = progress[name]["tokens"] * dtype_for(tok).itemsize
-        if not meta and size and not ((partial / name).is_file() and (partial / name).stat().st_size >= size):
+        if not meta and size and not ((PARTIAL / name).is_file() and (PARTIAL / name).stat().st_size >= size):
             return None, None, None
     return progress, tok, meta
 
@@ -414,14 +413,14 @@ def read_nanogpt(folder):
     ignored = {"tokenizer", "text_key", "val_input", "val_fraction"} & overrides.keys()
     if ignored:
         raise UserError(f"{folder} is a dataset that nanoGPT made, which is taken as it is; leave out --{min(ignored)}")
-    partial, dtype, characters = FOLDER / ".partial", np.dtype("<u2"), folder / "meta.pkl"
+    dtype, characters = np.dtype("<u2"), folder / "meta.pkl"
     tok = read_nanogpt_characters(characters) if characters.exists() else BPETokenizer()
     finish_publishing(FOLDER)  # what an earlier run left
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    shutil.rmtree(PARTIAL, ignore_errors=True)
+    PARTIAL.mkdir(parents=True)
     sha256, counts = hashlib.sha256(), {}
     for name in ("train", "val"):
-        path = partial / f"{name}.bin"
+        path = PARTIAL / f"{name}.bin"
         shutil.copyfile(folder / f"{name}.bin", path)
         counts[f"{name}_tokens"], rest = divmod(path.stat().st_size, dtype.itemsize)
         if counts[f"{name}_tokens"] < 2 or rest:
@@ -437,20 +436,19 @@ def read_nanogpt(folder):
 
 def main():
     """Prepares the dataset that the settings describe."""
-    partial = FOLDER / ".partial"
     if input and all((Path(input) / name).is_file() for name in ("train.bin", "val.bin")):
         if (Path(input) / "meta.json").exists():
             raise UserError(f"{input} is a dataset already; name the text that it was made from")
         meta = read_nanogpt(Path(input))
-        write_atomically(partial / "meta.json", json.dumps(meta, indent=1).encode())
+        write_atomically(PARTIAL / "meta.json", json.dumps(meta, indent=1).encode())
     else:
-        meta = prepare_text(partial)
+        meta = prepare_text()
     finish_publishing(FOLDER)
     print(f"{FOLDER}: {meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} to validate, "
           f"a vocabulary of {meta['vocab_size']:,}, from {meta['source']}", flush=True)
 
 
-def prepare_text(partial):
+def prepare_text():
     """Text -> train.bin, val.bin and meta.json in .partial. Returns the contents of meta.json."""
     files, source = find_files()
     val_files = expand("val_input", val_input) if val_input else []
@@ -462,13 +460,13 @@ def prepare_text(partial):
         return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
 
     job = {"files": files_now(), "text_key": text_key, "kind": kind, "val": val_input or val_fraction}
-    progress, tok, meta = read_progress(partial, job)
+    progress, tok, meta = read_progress(job)
     if progress:
-        print(f"continuing {partial} after {progress['tokens.bin']['tokens']:,} tokens", flush=True)
+        print(f"continuing {PARTIAL} after {progress['tokens.bin']['tokens']:,} tokens", flush=True)
     else:
         finish_publishing(FOLDER)  # what an earlier run left
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(PARTIAL, ignore_errors=True)
+        PARTIAL.mkdir(parents=True)
         tok = make_tokenizer(kind, files + val_files)
         progress = {"job": job, "tokenizer": tok.state(), "tokens.bin": {"pieces": 0, "tokens": 0},
                     "val.bin": {"pieces": 0, "tokens": 0}}
@@ -476,12 +474,12 @@ def prepare_text(partial):
         return meta
 
     dtype, sha256, bad, notes = dtype_for(tok), hashlib.sha256(), [], Counter()
-    documents = encode("tokens.bin", tok, files, partial, progress, dtype, sha256, bad, notes)
+    documents = encode("tokens.bin", tok, files, progress, dtype, sha256, bad, notes)
     if val_files:
         sha256.update(b"\0")
-        documents += encode("val.bin", tok, val_files, partial, progress, dtype, sha256, bad, notes)
+        documents += encode("val.bin", tok, val_files, progress, dtype, sha256, bad, notes)
     if files_now() != job["files"]:
-        start_over(partial, f"{source} was changed while it was read")
+        start_over(f"{source} was changed while it was read")
     if bad and not documents:
         raise UserError(f"there is no text in {source}; {describe(bad)}")
     if bad:
@@ -489,12 +487,12 @@ def prepare_text(partial):
     for what, change in (("byte order marks", "removed"), ("line ends", r"\r\n and \r became \n")):
         if notes[what]:
             print(f"{what}: {change} in {notes[what]} of {documents} documents", file=sys.stderr, flush=True)
-    train, val = split(partial, progress["tokens.bin"]["tokens"], progress["val.bin"]["tokens"], dtype)
+    train, val = split(progress["tokens.bin"]["tokens"], progress["val.bin"]["tokens"], dtype)
     meta = {"tokenizer": tok.state(), "vocab_size": tok.vocab_size, "dtype": dtype.name, "train_tokens": train,
-            "val_tokens": val, "train_bytes": count_bytes(partial / "train.bin", tok, dtype),
-            "val_bytes": count_bytes(partial / "val.bin", tok, dtype), "source": source, "documents": documents,
+            "val_tokens": val, "train_bytes": count_bytes(PARTIAL / "train.bin", tok, dtype),
+            "val_bytes": count_bytes(PARTIAL / "val.bin", tok, dtype), "source": source, "documents": documents,
             "bad_records": len(bad), "sha256": sha256.hexdigest()}
-    write_atomically(partial / "meta.json", json.dumps(meta, indent=1).encode())
+    write_atomically(PARTIAL / "meta.json", json.dumps(meta, indent=1).encode())
     return meta
 
 

@@ -96,8 +96,8 @@ def read_json_file(path):
     lines = read_json_lines(path)
     head = list(itertools.islice(lines, 2))
     try:
-        one_per_line = len(head) == 2 or not isinstance(json.loads(head[0][1].decode("utf-8-sig")), list)
-        json.loads(head[0][1].decode("utf-8-sig"))
+        first = json.loads(head[0][1].decode("utf-8-sig"))
+        one_per_line = len(head) == 2 or not isinstance(first, list)
     except (IndexError, ValueError, RecursionError):
         one_per_line = False
     if one_per_line:

@@ -80,7 +80,7 @@ class Text:
 
 
 def unescape(text):
-    """The text with newlines for \\\\n, tabs for \\\\t and backslashes for \\\\\\\\, as one writes them in a shell."""
+    """The text with a newline for each \\n, a tab for \\t and a backslash for \\\\, as one writes them in a shell."""
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text)
 
 

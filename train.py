@@ -140,8 +140,8 @@ if len(train_data) <= block_size:
     raise UserError(f"the training split of {dataset} has {len(train_data)} tokens, too few for a block_size of "
                     f"{block_size}; lower --block_size or add text")
 if tokenizer not in (None, meta["tokenizer"]) or fixed.get("vocab_size", meta["vocab_size"]) != meta["vocab_size"]:
-    raise UserError(f"{source} has another vocabulary than {dataset}: its tokenizer is not the dataset's; name another "
-                    "dataset, or start from scratch")
+    raise UserError(f"{source} and the dataset {dataset} have different tokenizers; name another dataset, or start "
+                    "from scratch")
 
 # Each process gets some micro-steps of an optimizer step or, if they do not divide evenly, some sequences of each.
 sequences, world_size = batch_size * gradient_accumulation_steps, distributed.world_size
@@ -206,7 +206,6 @@ def save(path, with_optimizers=True):
         "config": {k: v for k, v in config.items() if k not in shape}, "text": text, "wandb_id": log.wandb_id,
         "iter_num": iter_num, "best_val_loss": best_val_loss, "bad_evals": bad_evals, "seconds": seconds,
         "tokens": iter_num * sequences * block_size, "scaler": scaler.state_dict(), "probe": probe(raw_model)})
-
 
 
 # --- evaluation ---
@@ -345,7 +344,7 @@ if __name__ == "__main__":
             seconds, mark = seconds + now - mark, now
             speed = (iter_num - logged_at) * tokens_per_step / (seconds - logged_seconds)
             left = ((max_iters - iter_num) * (seconds - start_seconds) / (iter_num - start_iter)
-                    + (-(-max_iters // eval_interval) - iter_num // eval_interval) * eval_seconds)
+                    + (math.ceil(max_iters / eval_interval) - iter_num // eval_interval) * eval_seconds)
             flops = speed * raw_model.flops_per_token(block_size) / world_size
             of_peak = f" ({flops / machine_peak:.0%} of peak)" if machine_peak else ""
             print_once(f"step {iter_num}/{max_iters}  loss {mean_loss:.4f}  lr {learning_rate * scale:.2e}  grad norm "

@@ -13,9 +13,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from checkpoint import TO_RESUME, load_checkpoint, load_model, read_log
+from checkpoint import TO_RESUME, load_checkpoint, load_model
 from conftest import TEXT
-from files import META, UserError, read_json
+from files import META, UserError, read_json, read_log
 from readers import read_documents
 from tokenizer import read_nanogpt_characters
 

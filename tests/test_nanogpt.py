@@ -102,7 +102,9 @@ def test_padded_vocabulary(tmp_path):
     model, tok, _ = load_model(tmp_path)
     assert isinstance(tok, BPETokenizer) and model.config.vocab_size == 50257
     idx = torch.randint(50257, (1, 8))
-    assert (model(idx)[0] - theirs(idx).logits[..., :50257]).abs().max() < 0.1
+    for block in model.h:
+        block.mlp.gelu = torch.nn.GELU()
+    assert (model(idx)[0] - theirs(idx).logits[..., :50257]).abs().max() < 1e-4
 
 
 def test_byte_pairs(project):

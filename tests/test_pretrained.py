@@ -161,6 +161,6 @@ def test_trained_exported_and_finetuned(trained):
     project.run("train.py", "--init_from=resume", "--max_iters=4", "--out_dir=tuned")
     assert "n_layer=2, not 3" in project.fails("train.py", "--init_from=exported", "--dataset=verse", "--n_layer=3")
     assert "block_size 100" in project.fails("train.py", "--init_from=exported", "--dataset=verse", "--block_size=100")
-    assert "another vocabulary" in project.fails("train.py", "--init_from=exported", "--dataset=tiny")
+    assert "different tokenizers" in project.fails("train.py", "--init_from=exported", "--dataset=tiny")
     assert "neither a folder" in project.fails("sample.py", "--init_from=no-such/model")
     assert "--export=FOLDER" in project.fails("checkpoint.py")
