@@ -168,10 +168,13 @@ def plot_loss():
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     for n, (folder, columns) in enumerate(data.items()):
         along = columns["iter" if x == "steps" else "seconds"]
+        # An untrained model's loss would squeeze the curves. It is drawn if the losses of batches reach it.
+        top = 1.1 * max((loss for loss in columns["loss"] if loss is not None), default=math.inf)
         for column, name, style in (("loss", "each batch", dict(alpha=0.25, lw=1)),
                                     ("train_loss", "training", dict(ls="--", marker="x")),
                                     ("val_loss", "validation", dict(ls="-", marker="o"))):
-            points = [point for point in zip(along, columns[column], strict=True) if point[1] is not None]
+            points = [(at, loss) for at, loss in zip(along, columns[column], strict=True)
+                      if loss is not None and (at > 0 or loss <= top)]
             if points:
                 end = "" if column == "loss" else f", at the end {points[-1][1]:.3f}"
                 ax.plot(*zip(*points, strict=True), color=f"C{n}", label=f"{folder}: {name}{end}", **style)
