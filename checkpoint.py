@@ -19,8 +19,10 @@ import copy
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -84,13 +86,14 @@ def load_checkpoint(path, needed=()):
     if the file is not such a checkpoint or is damaged, OSError if it cannot be opened."""
     with open(path, "rb") as f:
         try:
-            damaged = zipfile.ZipFile(f).testzip()  # torch.load does not compare the checksums
-            checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(f) as archive:  # torch.load does not compare the checksums
+                good = not any(entry.compress_type for entry in archive.infolist()) and not archive.testzip()
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True) if good else None
         except MemoryError:
             raise UserError(f"{path} needs more memory than there is") from None
         except Exception:  # both raise many kinds of exceptions for a file that is cut short, unsafe or something else
-            damaged = True
-    if damaged:
+            good = False
+    if not good or not is_sound(checkpoint):
         raise UserError(f"{path} is damaged or not a checkpoint; {other_checkpoint(Path(path))}")
     if isinstance(checkpoint, dict) and "format_version" not in checkpoint and "model_args" in checkpoint:
         checkpoint = from_nanogpt(checkpoint, Path(path))
@@ -103,19 +106,34 @@ def load_checkpoint(path, needed=()):
         raise UserError(f"{path} is damaged: its settings are not those of format {version} ({first_line(e)})"
                         ) from None
     for name in ("model_config", "config", "tokenizer", "iter_num", "best_val_loss", "bad_evals", "seconds", "text"):
-        if holds_tensor(checkpoint.get(name)):
-            raise UserError(f"{path} is damaged: {name} holds a tensor")
+        value = checkpoint.get(name)
+        for part in value.values() if isinstance(value, dict) else [value]:
+            if type(part) not in (int, float, str, bool, type(None)):
+                raise UserError(f"{path} is damaged: {name} holds a value of the type {type(part).__name__}")
     for name in needed:
         if not isinstance(checkpoint.get(name), needed[name]):
             raise UserError(f"{path} lacks {name!r}; latest.pt is for resuming, and either it or best.pt for sampling")
     return checkpoint
 
 
-def holds_tensor(value):
-    """Whether there is a tensor among plain values, which a comparison would not expect."""
-    if isinstance(value, (dict, list, tuple)):
-        return any(map(holds_tensor, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, torch.Tensor)
+def is_sound(checkpoint):
+    """Whether what torch.load returned is as harmless as what was saved: a tree of ordinary tensors and values. A few
+    bytes can also describe a list that holds itself, or a tensor that repeats one number a billion times."""
+    left, count = [(checkpoint, 0)], 0
+    while left:
+        value, depth = left.pop()
+        count += 1
+        if isinstance(value, (dict, list, tuple)):
+            left += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
+        elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or (
+                    value.nbytes > value.untyped_storage().nbytes()):
+                return False
+        elif isinstance(value, int) and value.bit_length() > 64:
+            return False
+        if depth > 10 or count + len(left) > 1_000_000:
+            return False
+    return True
 
 
 def other_checkpoint(path):
@@ -157,9 +175,11 @@ def model_config(fields, path):
 
 def check_size(config, state, path):
     """UserError if a model of this config would be much larger than its tensors, before it takes the memory."""
-    total = sum(t.numel() for t in state.values() if isinstance(t, torch.Tensor))
-    positions = config.block_size * config.n_embd if "wpe.weight" in state else 0
-    if config.n_layer > len(state) or max(config.vocab_size * config.n_embd, config.n_embd ** 2, positions) > total:
+    c = config
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in state.values() if isinstance(t, torch.Tensor)}
+    total = sum(storage.nbytes() for storage in storages.values())
+    positions = c.block_size * c.n_embd if "wpe.weight" in state else 0
+    if c.n_layer > len(state) or max(c.vocab_size * c.n_embd, c.n_layer * c.n_embd ** 2, positions) > total:
         raise UserError(f"{path} does not fit model.py: its tensors are too small for its model_config")
 
 
@@ -356,12 +376,15 @@ def move_earlier_run(folder):
     the folder itself is renamed."""
     log = folder / "log.csv"
     if folder.is_dir() and (any(folder.glob("*.pt")) or log.exists() and any(read_log(log))):
-        folder, n = folder.resolve() if folder.is_symlink() else folder, 1
-        while Path(f"{folder}.{n}").exists():
-            n += 1
-        folder.rename(f"{folder}.{n}")
+        folder = folder.resolve() if folder.is_symlink() else folder
+        print(f"{folder} held an earlier run: moved it to {move_aside(folder)}", flush=True)
         folder.mkdir()
-        print(f"{folder} held an earlier run: moved it to {folder}.{n}", flush=True)
+
+
+def move_aside(folder):
+    """Renames a folder to folder.1 or, if there is one, folder.2, ... Returns its new path."""
+    new = next(path for n in itertools.count(1) if not (path := Path(f"{folder}.{n}")).exists())
+    return folder.rename(new)
 
 
 def lock_run(folder):
@@ -461,11 +484,11 @@ def load_pretrained(name_or_folder, block_size=None, dropout=0.0):
     if is_name:
         folder = download_repository(str(name_or_folder))
     try:
-        given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        given = read_json(folder / "config.json", {}, advice="fetch it again")
         config = dataclasses.replace(read_config(given, name_or_folder), dropout=dropout)
     except UserError:
         raise
-    except (OSError, ValueError) as e:
+    except (OSError, TypeError, ValueError) as e:
         raise UserError(f"{name_or_folder} has no readable config.json ({first_line(e)})") from None
     tensors = read_tensors(folder, name_or_folder)
     tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()
@@ -476,6 +499,7 @@ def load_pretrained(name_or_folder, block_size=None, dropout=0.0):
         raise UserError(f"{name_or_folder} has a head that is not tied to wte, which this model does not support")
     if block_size is not None:
         config, tensors = cropped(config, tensors, block_size, name_or_folder)
+    check_size(config, {name: t for name, t in tensors.items() if t is not None}, name_or_folder)
     model = GPT(config)
     if all(t is not None and t.dtype == torch.float64 for t in tensors.values()):
         model = model.double()
@@ -532,7 +556,10 @@ def read_tensors(folder, name):
     for file in files:
         try:
             if file.suffix == ".bin":
-                tensors |= torch.load(file, map_location="cpu", weights_only=True)
+                found = torch.load(file, map_location="cpu", weights_only=True)
+                if not is_sound(found) or not all(isinstance(t, torch.Tensor) for t in found.values()):
+                    raise ValueError("it does not hold ordinary tensors")
+                tensors |= found
             else:
                 from safetensors.torch import load_file
                 tensors |= load_file(file)
@@ -548,18 +575,22 @@ def pretrained_tokenizer(folder, is_name, vocab_size):
     if vocab_size != 50257:
         return None
     if (folder / "vocab.json").is_file():
-        own = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        if own != json.loads(fetch_vocabulary()["encoder.json"].read_text(encoding="utf-8")):
+        own = read_json(folder / "vocab.json", {}, advice="fetch it again")
+        if own != json.loads(fetch_vocabulary()["encoder.json"].read_bytes()):
             return None
     elif not is_name:
         return None
     return BPETokenizer()
 
 
+EXPORTED = {"config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json"}
+
+
 def save_pretrained(model, tokenizer, folder):
     """Writes a folder that transformers' AutoModelForCausalLM.from_pretrained loads, and with a BPETokenizer its
-    AutoTokenizer too. A model without biases gets biases of zero, which compute the same. UserError if the model is not
-    a GPT-2 (someone has changed model.py), or if safetensors is not installed."""
+    AutoTokenizer too. A model without biases gets biases of zero, which compute the same. The folder appears whole or
+    not at all; an earlier export there is renamed. UserError if the model is not a GPT-2 (someone has changed
+    model.py), if the folder holds something else, or if safetensors is not installed."""
     try:
         from safetensors.torch import save
     except ImportError:
@@ -579,8 +610,16 @@ def save_pretrained(model, tokenizer, folder):
         files |= {"vocab.json": paths["encoder.json"].read_bytes(), "merges.txt": paths["vocab.bpe"].read_bytes(),
                   "tokenizer_config.json": json.dumps(
                       {"tokenizer_class": "GPT2Tokenizer", "model_max_length": c.block_size} | special).encode()}
+    folder = Path(folder).resolve()
+    partial = folder.with_name(f"{folder.name}.partial")
+    if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= EXPORTED):
+        raise UserError(f"{folder} exists and is not an earlier export; name a new folder")
+    shutil.rmtree(partial, ignore_errors=True)
     for name, data in files.items():
-        write_atomically(Path(folder, name), data)
+        write_atomically(partial / name, data)
+    if folder.exists():
+        print(f"{folder} held an earlier export: moved it to {move_aside(folder)}", flush=True)
+    partial.rename(folder)
 
 
 def to_gpt2(model):

@@ -33,6 +33,11 @@ def _one_line(error):
     elif isinstance(error, OSError):
         paths = " -> ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
         text = ": ".join(part for part in (paths, error.strerror) if part) or str(error) or type(error).__name__
+    elif (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+          or "can't allocate memory" in str(error)):
+        import re
+        size = re.search(r"allocate ([\d.]+ \w+)", str(error))  # PyTorch and numpy say how much they asked for
+        text = f"out of memory{f', asking for {size[1]}' if size else ''}; choose smaller sizes"
     else:
         return None
     return " ".join(line.strip() for line in text.splitlines())

