@@ -425,6 +425,8 @@ class Log:
             self.lock.release()  # Windows does not rename a folder in which a file is open
             move_earlier_run(Path(folder))
             self.lock = lock_run(self.path.parent)
+        for unfinished in filter(Path.is_file, self.path.parent.glob("*.tmp")):  # of a process that was killed
+            unfinished.unlink()
         rows, damaged = read_log(self.path) if checkpoint and self.path.exists() else ([], 0)
         if damaged:
             print(f"{self.path}: left out {damaged} damaged line{'s' * (damaged != 1)}", flush=True)
@@ -617,8 +619,10 @@ def save_pretrained(model, tokenizer, folder):
     shutil.rmtree(partial, ignore_errors=True)
     for name, data in files.items():
         write_atomically(partial / name, data)
-    if folder.exists():
+    if folder.exists() and any(folder.iterdir()):
         print(f"{folder} held an earlier export: moved it to {move_aside(folder)}", flush=True)
+    elif folder.exists():
+        folder.rmdir()
     partial.rename(folder)
 
 

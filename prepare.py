@@ -367,6 +367,8 @@ def count_bytes(path, tok, dtype, source=None):
 def tidy():
     """Removes what an error left, unless the next run can continue from it."""
     STREAM.unlink(missing_ok=True)
+    for unfinished in filter(Path.is_file, FOLDER.glob("*.tmp")):  # of a process that was killed
+        unfinished.unlink()
     if PARTIAL.is_dir() and not (PARTIAL / "progress.json").exists():
         shutil.rmtree(PARTIAL)
     if FOLDER.is_dir() and not FOLDER.is_symlink() and not any(FOLDER.iterdir()):

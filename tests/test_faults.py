@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import load_checkpoint
-from conftest import TEXT, TINY, Project
-from files import read_log
+from checkpoint import load_checkpoint, load_pretrained
+from conftest import ROOT, TEXT, TINY, Project
+from files import finish_publishing, open_dataset, read_log
 from test_prepare import small_pieces
 from test_train import rows, same_run, same_state, step_of_log
-from tokenizer import CharTokenizer
+from tokenizer import CharTokenizer, load_tokenizer
 
 LONG = [*TINY, "--max_iters=100000", "--eval_interval=1000"]
 
@@ -215,6 +215,83 @@ def test_an_optimizers_averages_that_do_not_fit_are_refused(trained, damage):
     torch.save(checkpoint, folder / "latest.pt")
     how = ["--init_from=resume", f"--out_dir={folder.name}", "--max_iters=70"]
     assert "does not fit" in trained.fails("train.py", *how)
+
+
+# --- a fault at every change of a file ---
+
+def inject(project, how, n, *command):
+    """Runs a script whose n-th change of a file fails or kills it (tests/inject.py). Returns whether it came to that.
+    If it did not, the script succeeded."""
+    done = project.finish(ROOT / "tests" / "inject.py", how, n, *command)
+    injected = "injected: " in done.stdout
+    ended = injected and done.returncode == 9 if how == "kill" else (
+        done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1)
+    assert ended or (done.returncode == 0 and (how == "fail" or not injected)), done
+    return injected
+
+
+@pytest.mark.parametrize("how", ["kill", "fail"])
+def test_a_fault_at_every_change_of_a_file_in_training(trained, how):
+    """Each run goes on where the one before ended, and gets one change further before its fault."""
+    settings = [*TINY, "--max_iters=20", "--eval_interval=3", "--log_interval=1", "--checkpoint_interval=1",
+                "--init_from=resume"]
+    trained.run("train.py", *settings, f"--out_dir=no-{how}")
+    folder, n = trained.folder / f"{how}-all", 1
+    while inject(trained, how, n, "train.py", *settings, f"--out_dir={folder.name}"):
+        for path in folder.glob("*.pt"):
+            load_checkpoint(path)
+        assert how == "kill" or not list(folder.rglob("*.tmp"))
+        n += 1
+    assert n > 25 and same_run(trained.folder / f"no-{how}", folder) and not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("how", ["kill", "fail"])
+def test_a_fault_at_every_change_of_a_file_in_preparing(project, how):
+    """After each there is a whole dataset, the old one or the new one, and the same command makes the new one."""
+    command, folder = ["prepare.py", "--dataset=mine", "--input=mine.txt"], project.folder / "data" / "mine"
+    old, new, injected, n = TEXT, TEXT[::-1], True, 0
+    dataset(project, old)
+    (project.folder / "mine.txt").write_text(new)
+    shutil.copytree(folder, project.folder / "old")
+    while injected:
+        n += 1
+        injected = inject(project, how, n, *command)
+        assert text_of(folder) in (old, new)
+        if text_of(folder) == old or (folder / ".partial").exists():
+            project.run(*command)
+        assert text_of(folder) == new and sorted(p.name for p in folder.iterdir()) == [
+            "meta.json", "train.bin", "val.bin"]
+        shutil.rmtree(folder)
+        shutil.copytree(project.folder / "old", folder)
+    assert n > 25
+
+
+def text_of(folder):
+    """The text of a dataset, for train.py and every other script that opens it."""
+    finish_publishing(folder)
+    meta, *splits = open_dataset(folder)
+    return load_tokenizer(meta["tokenizer"]).decode(np.concatenate(splits).tolist())
+
+
+@pytest.mark.parametrize("how", ["kill", "fail"])
+def test_a_fault_at_every_change_of_a_file_in_exporting(trained, how):
+    """After each, the new export is whole or not there, and so is the old one, under its name or another."""
+    folder, injected, n = trained.folder / f"export-{how}", True, 0
+    command = ["checkpoint.py", f"--export={folder.name}"]
+    weights = load_checkpoint(trained.folder / "out" / "best.pt")["model"]
+    trained.run(*command)
+    while injected:
+        n += 1
+        injected = inject(trained, how, n, *command)
+        exports = [p for p in trained.folder.glob(f"{folder.name}*") if not p.name.endswith(".partial")]
+        for path in exports:
+            assert torch.equal(load_pretrained(path)[0].wte.weight, weights["wte.weight"])
+        assert len(exports) >= 1
+        for path in exports[1:]:
+            shutil.rmtree(path)
+        if not folder.exists():
+            exports[0].rename(folder)
+    assert n > 8
 
 
 # --- datasets ---
