@@ -1,4 +1,4 @@
-"""Random damage: whatever a file, a command line or a config file holds, there is an answer or an error of one line."""
+"""Random damage to good files: there is an answer or an error of one line."""
 import collections
 import contextlib
 import copy
@@ -10,7 +10,6 @@ import random
 
 import pyarrow
 import pyarrow.parquet
-import pytest
 import torch
 
 from checkpoint import TO_RESUME, load_checkpoint, load_model
@@ -92,50 +91,3 @@ def test_checkpoints_with_anything_in_place_of_a_field(trained, tmp_path):
             del inner[place[-1]]
         torch.save(bad, tmp_path / "best.pt")
         answers(load_model, tmp_path)
-
-
-WORDS = [
-    "--start", "--start=", "--top_k=3", "--top_k", "--temperature=1e999", "--temperature=nan", "--num_samples=-1",
-    "--dtype=float32", "--no_such=1", "--compile", "--compile=maybe", "config/quick.py", "none.py", "--", "-", "", "=",
-    "--=", "---", "--help=1", "-h", "€", "--seed=999999999999999999999999", "--device=cuda:x", "--stop=",
-    "--interactive=2", "--out_dir=a\nb", "x" * 5000, "--max_new_tokens=1_000", "--top_p=0x1", "~", "*.txt"]
-
-
-def check_ends(done):
-    """Success, or one line on standard error and exit code 1."""
-    assert done.returncode in (0, 1), (done.returncode, done.stderr)
-    if done.returncode:
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-
-
-def test_random_command_lines(project):
-    rng = random.Random(0)
-    for n in range(2 * CASES):
-        words = [rng.choice(WORDS) for _ in range(rng.randrange(1, 5))]
-        if n % 3 == 0:
-            words.append("--" + "".join(chr(rng.choice([rng.randrange(33, 127), rng.randrange(160, 9000)]))
-                                        for _ in range(rng.randrange(12))))
-        check_ends(project.finish("sample.py", "--out_dir=nowhere", *words))
-
-
-CODE = [
-    "top_k = 3", "x = 1", "_x = 1", "import os", "top_k = 'a'", "1 / 0", "raise SystemExit(3)", "def f(:", "top_k =",
-    "seed = 10 ** 400", "temperature = float('nan')", "start = None", "start = ['a']", "del seed", "print(seed)",
-    "from model import *", "class top_k: pass", "config = 3", "globals().clear()", "lambda: 0", "'\\", "\t", "é = 1",
-    "exit()", "raise KeyError", "open('none')", "seed: str = 'a'", "if True: seed = 4", "out_dir = 3"]
-
-
-def test_random_config_files(project):
-    rng = random.Random(0)
-    for _ in range(CASES):
-        code = "\n".join(rng.choice(CODE) for _ in range(rng.randrange(1, 4)))
-        (project.folder / "mine.py").write_text(code, encoding="utf-8")
-        done = project.finish("sample.py", "mine.py", "--out_dir=nowhere")
-        if "exit" not in code.lower():  # a config file is code, and may end the program
-            check_ends(done)
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"\x00", b"a" * 10 ** 6, b"(" * 10 ** 5])
-def test_config_files_that_are_no_code(project, content):
-    (project.folder / "mine.py").write_bytes(content)
-    check_ends(project.finish("sample.py", "mine.py", "--out_dir=nowhere"))
