@@ -1,21 +1,23 @@
 """Faults around a run: another run beside it, output that goes away, damaged files, another dataset. Nothing is lost in
 silence, and each message is one line."""
 import csv
+import gzip
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, load_pretrained
+from checkpoint import load_checkpoint, load_model, load_pretrained
 from conftest import ROOT, TEXT, TINY, Project
-from files import finish_publishing, open_dataset, read_log
+from files import UserError, finish_publishing, open_dataset, read_log
 from test_prepare import small_pieces
 from test_train import rows, same_run, same_state, step_of_log
 from tokenizer import CharTokenizer, load_tokenizer
@@ -215,6 +217,82 @@ def test_an_optimizers_averages_that_do_not_fit_are_refused(trained, damage):
     torch.save(checkpoint, folder / "latest.pt")
     how = ["--init_from=resume", f"--out_dir={folder.name}", "--max_iters=70"]
     assert "does not fit" in trained.fails("train.py", *how)
+
+
+# --- files from strangers ---
+
+def laughs():
+    """A list of few objects that has 2^60 elements when it is written out."""
+    value = []
+    for _ in range(60):
+        value = [value, value]
+    return value
+
+
+def itself():
+    value = []
+    value.append(value)
+    return value
+
+
+def huge_tensor():
+    return torch.zeros(1).expand(10 ** 12)  # it holds one number
+
+
+@pytest.mark.parametrize("place, value", [
+    (("config", "n_layer"), laughs), (("tokenizer", "chars"), itself), (("optimizer",), laughs), (("extra",), itself),
+    (("model", "wte.weight"), huge_tensor), (("extra",), huge_tensor), (("iter_num",), lambda: 10 ** 10_000),
+    (("extra",), lambda: torch.zeros(10 ** 6, 10 ** 6, device="meta")),
+    (("model", "wte.weight"), lambda: torch.zeros(1, 1).to_sparse()),
+    (("model_config", "n_layer"), lambda: 10 ** 9), (("model_config", "n_embd"), lambda: 2 * 10 ** 6),
+    (("model_config", "block_size"), lambda: 10 ** 12)])
+def test_a_few_bytes_do_not_take_the_memory(trained, tmp_path, place, value):
+    """Each of these would need more memory, or more time, than there is."""
+    checkpoint = load_checkpoint(trained.folder / "out" / "latest.pt")
+    inner = checkpoint if len(place) == 1 else checkpoint[place[0]]
+    inner[place[-1]] = value()
+    torch.save(checkpoint, tmp_path / "best.pt")
+    assert (tmp_path / "best.pt").stat().st_size < 10 ** 6
+    with pytest.raises(UserError):
+        load_model(tmp_path)
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    """torch.save does not compress. A kilobyte of zeros, compressed, may stand for a gigabyte."""
+    with zipfile.ZipFile(tmp_path / "best.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10 ** 7))
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("field, value", [("n_layer", 10 ** 9), ("n_embd", 2 * 10 ** 6), ("n_positions", 10 ** 12),
+                                          ("vocab_size", 10 ** 12), ("n_head", [])])
+def test_a_config_json_does_not_take_the_memory(trained, field, value):
+    folder = trained.folder / f"huge-{field}"
+    trained.run("checkpoint.py", f"--export={folder.name}")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(UserError):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.jsonl.gz", b'{"text": "' + b"a" * (1 << 26), "has more than 32 MB"),
+    ("a.json.gz", b'["' + b"a" * (1 << 26), "has more than 32 MB"), ("a.json", b"[" * 10 ** 6, "nested too deeply")])
+def test_a_record_does_not_take_the_memory(project, name, content, words):
+    (project.folder / name).write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
+    assert words in project.fails("prepare.py", "--dataset=mine", f"--input={name}")
+
+
+@pytest.mark.parametrize("setting", ["n_embd=2000000", "batch_size=2000000000", "n_layer=1000000000",
+                                     "gradient_accumulation_steps=2000000000"])
+def test_a_size_that_cannot_fit_is_said_before_it_is_allocated(trained, setting):
+    assert "GB of memory, and cpu has" in trained.fails("train.py", *TINY, f"--{setting}", "--out_dir=huge")
+    assert not (trained.folder / "huge").exists()
+
+
+def test_samples_that_cannot_fit(trained):
+    assert "lower --num_samples" in trained.fails("sample.py", "--num_samples=2000000000")
 
 
 # --- a fault at every change of a file ---
