@@ -30,14 +30,13 @@ from pathlib import Path
 import filelock
 import torch
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from distributed import is_main_process, print_once
+from distributed import gathered, is_main_process, print_once, shard_like
 from files import LOG_COLUMNS, UserError, read_json, read_log, write_atomically
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, fetch_vocabulary, load_tokenizer, read_nanogpt_characters
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4  # 3 also held the optimizers' settings
 
 
 # --- checkpoints ---
@@ -201,12 +200,16 @@ def check_fit(model, state, path):
                 f"of shape {tuple(state[name].shape)}, not {tuple(own[name].shape)}"))
 
 
-def check_averages(model, state, path):
-    """UserError if an average that an optimizer keeps of a parameter does not have its shape."""
+AVERAGES = {"Muon": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}  # what they keep of a parameter
+
+
+def check_averages(model, averages, path):
+    """UserError if these are not averages that an optimizer keeps of the model's parameters, each in its shape."""
     own = model.state_dict()
-    for name, averages in state.items() if isinstance(state, dict) else [("state", None)]:
-        if name not in own or not isinstance(averages, dict) or any(
-                t.shape != own[name].shape for t in averages.values() if isinstance(t, torch.Tensor) and t.dim()):
+    for name, kept in averages.items() if isinstance(averages, dict) else [("its parameters", None)]:
+        if name not in own or not isinstance(kept, dict) or kept.keys() not in AVERAGES.values() or any(
+                not isinstance(t, torch.Tensor) or t.shape != (() if k == "step" else own[name].shape)
+                for k, t in kept.items()):
             raise UserError(f"{path} does not fit: its optimizer's averages of {name} are damaged")
 
 
@@ -335,33 +338,41 @@ def nanogpt_tokenizer(dataset, vocab_size, path):
 
 
 def get_state(model, optimizers):
-    """The states of the model and the optimizers, on the CPU. Under FSDP this collects the parts, so every process must
-    call it."""
-    return get_state_dict(model, optimizers, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """The states of the model and of its optimizers as full tensors on the CPU: {name: tensor, ...} and, with the
+    averages of each parameter, {"state": {name: {"exp_avg": tensor, ...}, ...}}."""
+
+    def full(t):
+        return gathered(t).detach().cpu()
+
+    weights = {name: full(t) for name, t in model.state_dict().items()}
+    names = {p: name for name, p in model.named_parameters()}  # asked for later: state_dict() makes FSDP shard them all
+    averages = {names[p]: {k: full(t) for k, t in state.items()} for o in optimizers for p, state in o.state.items()}
+    return weights, {"state": averages}
 
 
+@torch.no_grad()
 def set_state(model, optimizers, checkpoint, path):
-    """Restores what get_state returned: the weights and the optimizers' averages. Learning rates and weight decay keep
-    their current values. UserError if the checkpoint does not fit."""
+    """Restores what get_state returned: the weights, and the averages that the optimizers keep. UserError if the
+    checkpoint does not fit."""
     check_fit(model, checkpoint["model"], path)
-    if checkpoint["iter_num"] == 0:  # the optimizers had no averages yet
-        optimizers, averages = [], {}
-    else:
-        averages = checkpoint["optimizer"]
-        check_averages(model, averages.get("state"), path)
-    settings = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
-    try:
-        set_state_dict(model, optimizers, model_state_dict=checkpoint["model"], optim_state_dict=averages,
-                       options=StateDictOptions(full_state_dict=True))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f"{path} does not fit: its optimizer's state is damaged ({first_line(e)})") from None
-    for optimizer, groups in zip(optimizers, settings, strict=True):
-        for group, kept in zip(optimizer.param_groups, groups, strict=True):
-            group.update(kept)
-            for p in group["params"]:  # a fused optimizer counts steps on p's device, another one on the CPU
-                state = optimizer.state.get(p, {})
-                if "step" in state:
-                    state["step"] = state["step"].to(p.device if group.get("fused") else "cpu")
+    averages = checkpoint["optimizer"].get("state")
+    check_averages(model, averages, path)
+    model.load_state_dict({name: shard_like(checkpoint["model"][name].to(t.device), t)
+                           for name, t in model.state_dict().items()})
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if names[p] not in averages:  # it has had no gradient so far
+                    continue
+                state = optimizer.state[p] = dict(averages[names[p]])
+                if state.keys() != AVERAGES[type(optimizer).__name__]:
+                    raise UserError(f"{path} does not fit: the averages of {names[p]} are those of another optimizer")
+                for k, t in state.items():
+                    if k == "step":  # a fused optimizer counts on p's device, another one on the CPU
+                        state[k] = t.to(p.device if group.get("fused") else "cpu")
+                    else:
+                        state[k] = shard_like(t.to(p.device), p)
 
 
 def first_line(e):

@@ -101,7 +101,7 @@ def peak_flops(device, dtype):
 
 def matmul_flops(device, dtype):
     """FLOP/s of multiplications of square matrices, the best of five. The matrices grow until one multiplication takes
-    5 ms, or to a size of 8192. A fixed size would take seconds where a dtype is slow, as float16 is on most CPUs."""
+    2 ms, or to a size of 8192. A fixed size would take seconds where a dtype is slow, as float16 is on most CPUs."""
     n = 128
     while True:
         n, times = 2 * n, []
@@ -112,7 +112,7 @@ def matmul_flops(device, dtype):
             a @ a
             synchronize(device)
             times.append(time.perf_counter() - start)
-        if min(times) > 0.005 or n == 8192:
+        if min(times) > 0.002 or n == 8192:
             return 2 * n ** 3 / min(times)
 
 

@@ -165,6 +165,20 @@ def shard(model, device):
         fully_shard(part, mesh=mesh)
 
 
+def gathered(t):
+    """The full tensor. Under FSDP, each process stores only some of its rows, and every process must call this."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def shard_like(t, p):
+    """The rows of a full tensor that this process stores of p. Every process has the full tensor, so nothing is
+    sent."""
+    if not hasattr(p, "full_tensor"):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
+
+
 def replicate(model, device):
     """DDP: every process holds the whole model. The backward pass averages the gradients over the processes."""
     return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)

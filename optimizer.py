@@ -6,8 +6,8 @@
 import math
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from distributed import gathered, shard_like
 from files import UserError
 from model import CausalSelfAttention
 
@@ -34,17 +34,6 @@ def orthogonalize(m, steps=5):
         gram = m @ m.mT  # X Xt; baddbmm(x, y, z, beta, alpha) is beta * x + alpha * (y @ z)
         m = torch.baddbmm(m, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), m, beta=3.4445)
     return m
-
-
-def gathered(t):
-    """The full tensor. Under FSDP, each process stores only some of its rows."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-def shard_like(t, p):
-    """The rows of a full tensor that this process stores of p. Every process has the full tensor, so nothing is
-    sent."""
-    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else t
 
 
 class Muon(torch.optim.Optimizer):

@@ -200,8 +200,7 @@ if checkpoint:
 
 def save(path, with_optimizers=True):
     """Writes a checkpoint of the run as it stands. UserError if a weight is not finite; the previous file stays."""
-    kept = [o for o, _ in optimizers] if with_optimizers and iter_num else []  # at step 0, asking would count as a step
-    model_state, optimizer_state = get_state(raw_model, kept)
+    model_state, optimizer_state = get_state(raw_model, [o for o, _ in optimizers] if with_optimizers else [])
     distributed.run_on_main_process(save_checkpoint, path, {
         "model": model_state, "optimizer": optimizer_state if with_optimizers else None,
         "model_config": (shape := asdict(raw_model.config)), "tokenizer": meta["tokenizer"],

@@ -208,7 +208,9 @@ def test_weights_that_are_not_finite_are_not_sampled_from(trained):
     lambda o: next(iter(o["state"].values())).update(momentum_buffer=torch.zeros(3, 5)),
     lambda o: o["state"].update({"h.0.ln_1.weight": {"exp_avg": torch.zeros(1, 1)}}),
     lambda o: o["state"].update({"no.such": {}}), lambda o: o.update(state=3), lambda o: o.clear(),
-    lambda o: o.pop("param_groups"), lambda o: o.update(param_groups=7)])
+    lambda o: o["state"]["wte.weight"].pop("exp_avg"), lambda o: o["state"]["wte.weight"].update(exp_avg=7),
+    lambda o: o["state"]["wte.weight"].update(exp_avg=torch.zeros(())),
+    lambda o: o["state"].update({"wte.weight": {"momentum_buffer": o["state"]["wte.weight"]["exp_avg"]}})])
 def test_an_optimizers_averages_that_do_not_fit_are_refused(trained, damage):
     folder = trained.folder / f"averages{len(list(trained.folder.glob('averages*')))}"
     shutil.copytree(trained.folder / "out", folder)

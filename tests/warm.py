@@ -30,7 +30,6 @@ def end():
 import numpy  # noqa: F401
 import tiktoken
 import torch._dynamo  # noqa: F401, the first step of an optimizer imports it
-import torch.distributed.checkpoint.state_dict
 import torch.distributed.tensor  # noqa: F401
 
 with contextlib.suppress(Exception):  # if its vocabulary is not there yet, the tests that need it fetch it
