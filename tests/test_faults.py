@@ -72,7 +72,7 @@ def test_a_second_prepare_of_the_same_dataset_is_refused(project):
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_run_outlives_its_output_and_saves_when_its_terminal_goes_away(trained):
     """First as with `train.py 2>&1 | head -1`, then as when the window is closed."""
-    how = [*TINY, "--max_iters=200", "--log_interval=1", "--init_from=resume"]
+    how = [*TINY, "--max_iters=120", "--log_interval=1", "--init_from=resume"]
     trained.run("train.py", *how, "--out_dir=heard")
     folder = trained.folder / "unheard"
     process = subprocess.Popen(trained.command("train.py", *how, "--out_dir=unheard"), cwd=trained.folder,
@@ -83,7 +83,7 @@ def test_a_run_outlives_its_output_and_saves_when_its_terminal_goes_away(trained
     wait_for_step(folder, 15)
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 128 + signal.SIGHUP
-    assert int(rows(folder)[-1][0]) <= load_checkpoint(folder / "latest.pt")["iter_num"] < 200
+    assert int(rows(folder)[-1][0]) <= load_checkpoint(folder / "latest.pt")["iter_num"] < 120
     trained.run("train.py", *how, "--out_dir=unheard")
     assert same_run(trained.folder / "heard", folder)
 
@@ -313,7 +313,7 @@ def inject(project, how, n, *command):
 @pytest.mark.parametrize("how", ["kill", "fail"])
 def test_a_fault_at_every_change_of_a_file_in_training(trained, how):
     """Each run goes on where the one before ended, and gets one change further before its fault."""
-    settings = [*TINY, "--max_iters=20", "--eval_interval=3", "--log_interval=1", "--checkpoint_interval=1",
+    settings = [*TINY, "--max_iters=12", "--eval_interval=3", "--log_interval=1", "--checkpoint_interval=1",
                 "--init_from=resume"]
     trained.run("train.py", *settings, f"--out_dir=no-{how}")
     folder, n = trained.folder / f"{how}-all", 1
