@@ -260,9 +260,10 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), ignore_index=-1)
 
     @torch.no_grad()
-    def attention_maps(self, idx):
+    def attention_maps(self, idx, cache=None):
         """idx (B, T) -> the attention weights of all layers and heads, (n_layer, B, nh, T, T), without dropout. Row t
-        says how strongly position t attends to each position."""
+        says how strongly position t attends to each position. With a cache, idx continues the cached sequence, and
+        the weights are (n_layer, B, nh, T, S)."""
         maps = []
 
         def record(attend, q, k, v, positions):  # with unit vectors as values, the output is the weights themselves
@@ -276,13 +277,12 @@ class GPT(nn.Module):
         try:
             for layer in layers:
                 layer.attend = partial(record, layer.attend)
-            self(idx)
+            self(idx, cache=cache)
         finally:
             for layer in layers:
                 layer.__dict__.pop("attend", None)  # back to the method of the class
             self.train(was_training)
         return torch.stack(maps)
-
 
     def num_parameters(self, embeddings=True):
         """The number of parameters, with or without wte (hence lm_head) and wpe. The shared matrix counts once."""

@@ -1,0 +1,115 @@
+"""What a model computes when it chooses a token: where it looks, what it would say after each layer, and what the
+samplers leave. playground.py shows it on a page.
+
+    what = explain(model, tok, tok.encode("ROMEO:"), token=None, layer=0, head=0, sampling=dict(temperature=0.8, ...))
+
+Everything here goes through model.py's own forward pass and samplers. The answers are plain values, ready for JSON.
+"""
+import functools
+
+import torch
+import torch.nn.functional as F
+
+import model as model_py
+
+CHUNK = 128  # positions that are read at once
+
+
+def tokens(tok, ids):
+    """[id, ...] -> [{"id", "text", "bytes"}, ...]. A character that several tokens make up is the text of the last of
+    them. Tokens that are not whole characters also have their bytes."""
+    decoder, found = tok.stream(), []
+    for i in ids:
+        text = "<|endoftext|>" if i == tok.eot else decoder.push(i)
+        raw = text.encode() if i == tok.eot else tok.token_bytes(i)
+        found.append({"id": i, "text": text, "bytes": "" if text.encode() == raw else raw.hex(" ")})
+    return found
+
+
+@torch.no_grad()
+def probabilities(model, ids):
+    """The probability that the model gave to each token after the ones before it; None for the first."""
+    found, cache = [None], model.new_cache(1)
+    for part in torch.tensor([ids], device=model.wte.weight.device).split(CHUNK, dim=1):
+        p = model(part, cache=cache)[0][0].softmax(-1)
+        following = ids[cache.length - len(p) + 1:cache.length + 1]  # the last id has none
+        found += [row[i].item() for row, i in zip(p, following, strict=False)]
+    return found
+
+
+def maps_of_last(model, ids, n):
+    """The attention weights of the last n positions, (n_layer, nh, n, T)."""
+    cache = model.new_cache(1)
+    for part in torch.tensor(ids[:-n], device=model.wte.weight.device).split(CHUNK) if len(ids) > n else []:
+        model(part[None], cache=cache, last_only=True)
+    return model.attention_maps(torch.tensor([ids[-n:]], device=model.wte.weight.device), cache)[:, 0]
+
+
+@functools.lru_cache(4)
+@torch.no_grad()
+def look(model, ids):
+    """What the model computes at the last of these ids: the attention weights (n_layer, nh, T), and the logits of the
+    next token (n_layer + 1, V) if it stopped after the embeddings, after the first block, ..., after the last block."""
+    streams = []  # the residual stream at the last position
+    hooks = [model.h[0].register_forward_pre_hook(lambda _, args: streams.append(args[0][0, -1]))]
+    hooks += [block.register_forward_hook(lambda *args: streams.append(args[-1][0, -1])) for block in model.h]
+    try:
+        maps = maps_of_last(model, ids, 1)[:, :, 0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return maps, model.lm_head(model.ln_f(torch.stack(streams[-len(model.h) - 1:])))
+
+
+def steps_of_sample(logits, ids, temperature, top_k, top_p, repetition_penalty):
+    """Logits (1, V) -> {what was done: the probabilities (V,)}, one after the other as in model.py's `sample`."""
+    steps = {"model": logits}
+    steps["penalty"] = logits = model_py.penalize_repetition(logits, ids, repetition_penalty)
+    if temperature <= 1e-8:  # the likeliest token has all the probability
+        steps["temperature"] = logits = model_py.keep_top_k(logits, 1)
+    else:
+        steps["temperature"] = logits = model_py.scale_temperature(logits, temperature)
+    steps["top-k"] = logits = logits if top_k is None else model_py.keep_top_k(logits, top_k)
+    steps["top-p"] = logits if top_p is None else model_py.keep_top_p(logits, top_p)
+    return {name: z.softmax(-1)[0] for name, z in steps.items()}
+
+
+def explain(model, tok, ids, context, token, layer, head, sampling):
+    """How the token after these ids is chosen. The model sees the last `context` of them, and the penalty all. `token`
+    is the one that was chosen, or None."""
+    maps, logits = look(model, tuple(ids[-context:]))
+    steps = steps_of_sample(logits[-1:], torch.tensor([ids], device=model.wte.weight.device), **sampling)
+
+    def likeliest(p, n):
+        return p.topk(min(n, p.numel())).indices.tolist()
+
+    shown = dict.fromkeys(likeliest(steps["model"], 16) + ([] if token is None else [token]))
+    heads = F.adaptive_max_pool1d(maps, min(16, maps.size(-1))).double().round(decimals=3)  # enough for a small picture
+    return {"candidates": [tokens(tok, [i])[0] | {"probabilities": {k: p[i].item() for k, p in steps.items()}}
+                           for i in shown],
+            "attention": maps[layer, head].tolist(), "heads": heads.tolist(),
+            "lens": [{"likeliest": [tokens(tok, [i])[0] | {"probability": p[i].item()} for i in likeliest(p, 3)],
+                      "chosen": None if token is None else p[token].item()} for p in logits.softmax(-1)]}
+
+
+def write(model, tok, ids, max_new_tokens, seed, sampling, computing):
+    """Yields the tokens that follow: each with the probability that the model gave it, before the samplers, and the
+    number of tokens that it was chosen from. Holds the lock `computing` except between two tokens."""
+    last = {}
+
+    def remember(module, args, kwargs, output):
+        last.update(probabilities=output[0][0, -1].softmax(-1), context=kwargs["cache"].length)
+
+    steps, decoder = model.stream([ids], max_new_tokens, eos_id=tok.eot, **sampling,
+                                  generator=torch.Generator(model.wte.weight.device).manual_seed(seed)), tok.stream()
+    while True:
+        with computing:
+            hook = model.register_forward_hook(remember, with_kwargs=True)
+            step = next(steps, None)
+            hook.remove()
+        if step is None:
+            return
+        token = tokens(tok, step.tolist())[0]
+        if token["id"] != tok.eot:
+            token["text"] = decoder.push(token["id"])  # it may end a character that earlier tokens began
+        yield token | {"probability": last["probabilities"][token["id"]].item(), "context": last["context"]}

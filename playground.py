@@ -1,0 +1,199 @@
+"""Serves a page on which your model writes, and which shows how it chooses each token.
+
+    python playground.py                          # the run in out/
+    python playground.py --init_from=gpt2         # GPT-2's weights: by name, or a Hugging Face folder
+
+Open the address that it prints. Only this computer can reach it. The page is playground.html. It asks for what it shows
+with requests in JSON, which only this page may send. Ctrl-C ends the program.
+"""
+import os
+
+init_from = "resume"        # resume: the run in out_dir; else gpt2, ..., gpt2-xl, a Hugging Face name or folder
+out_dir = "out"             # the run to take the model from
+port = 8000                 # of the address, http://127.0.0.1:8000; 0: any that is free
+device: str | None = None   # cpu, cuda, cuda:1, mps, xpu; None: the best there is
+# Settings are read before the heavy imports, so that --help and a typo answer at once.
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+
+import base64
+import inspect
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from files import UserError, check
+
+check(config, "from 0 to 65535", lambda x: 0 <= x < 2 ** 16, "port")
+
+import model as model_py
+from checkpoint import load_model, load_pretrained
+from device import choose_device
+from explain import CHUNK, explain, maps_of_last, probabilities, tokens, write
+from fast import for_inference
+
+PAGE = Path(__file__).resolve().with_name("playground.html").read_bytes()
+LARGEST = 1 << 17  # bytes of a request
+LONGEST = 20_000   # tokens of a text
+SAFE = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", (
+    "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "frame-ancestors 'none'"))]  # the page loads nothing from elsewhere, and no other page may show it in a frame
+
+device = choose_device(device)
+model, tok = load_model(out_dir)[:2] if init_from == "resume" else load_pretrained(init_from)
+if tok is None:
+    raise UserError(f"{init_from} does not have GPT-2's tokenizer, the only one that this program knows")
+for_inference(model.to(device), "float32")
+vocab_size, block_size = model.config.vocab_size, model.config.block_size
+computing, writing = threading.Lock(), threading.Lock()  # one thread computes at a time, and one text is written
+
+
+# --- what the page shows ---
+
+def describe():
+    """The model, a prompt to begin with, and the lines of model.py that the page speaks of."""
+    parts = {"attention": model_py.attention, "sample": model_py.sample, "stream": model_py.GPT.stream,
+             "forward": model_py.GPT.forward, "KVCache": model_py.KVCache, "Block": model_py.Block}
+    lines = {name: inspect.getsourcelines(part) for name, part in parts.items()}
+    start = [tok.eot] if tok.eot is not None else tok.encode("\n" if "\n" in tok.chars else tok.chars[0])
+    return vars(model.config) | {
+        "name": out_dir if init_from == "resume" else init_from, "parameters": model.num_parameters(),
+        "start": tokens(tok, start), "lines": {k: [first, first + len(text) - 1] for k, (text, first) in lines.items()}}
+
+
+# --- requests ---
+
+NUMBERS = {"temperature": (0, 100), "top_p": (1e-9, 1), "repetition_penalty": (0.1, 10), "top_k": (1, 10 ** 9),
+           "seed": (0, 2 ** 53), "token": (0, vocab_size - 1), "context": (1, block_size), "max_new_tokens": (1, 2000),
+           "layer": (0, model.config.n_layer - 1), "head": (0, model.config.n_head - 1)}  # the smallest and the largest
+DEFAULTS = dict.fromkeys(NUMBERS) | {"temperature": 1.0, "repetition_penalty": 1.0, "seed": 0, "layer": 0, "head": 0,
+                                     "context": block_size, "max_new_tokens": 200, "ids": [], "text": ""}
+
+
+def answer(path, request):
+    """A path and the fields of a request -> what to send, or an iterator over what to send bit by bit. UserError for a
+    field that is not as it should be."""
+    request = DEFAULTS | {k: v for k, v in request.items() if v is not None}
+    for name, (least, largest) in NUMBERS.items():
+        kinds = (int, float) if name in ("temperature", "top_p", "repetition_penalty") else (int,)
+        check(request, f"a number from {least} to {largest}", lambda x, kinds=kinds, least=least, largest=largest: (
+            type(x) in kinds and least <= x <= largest), name)
+    check(request, "a text", lambda x: type(x) is str, "text")
+    check(request, f"a list of 1 to {LONGEST} ids from 0 to {vocab_size - 1}", lambda x: path == "/tokens" or (
+        type(x) is list and 0 < len(x) <= LONGEST and all(type(i) is int and 0 <= i < vocab_size for i in x)), "ids")
+    sampling = {k: request[k] for k in ("temperature", "top_k", "top_p", "repetition_penalty")}
+    ids, layer, head = request["ids"], request["layer"], request["head"]
+    if path == "/write":
+        return write(model, tok, ids, request["max_new_tokens"], request["seed"], sampling, computing)
+    with computing:
+        if path == "/tokens":
+            try:
+                ids = tok.encode(request["text"])[-LONGEST:]
+            except UserError as e:  # a character that the model does not know is no bad request
+                return {"error": str(e)}
+            first = max(0, len(ids) - block_size)  # the model sees the end of a long text
+            known = [None] * first + probabilities(model, ids[first:]) if ids else []
+            return {"tokens": [token | {"probability": p, "context": max(0, n - first)}
+                               for n, (token, p) in enumerate(zip(tokens(tok, ids), known, strict=True))]}
+        if path == "/explain":
+            return explain(model, tok, ids, request["context"], request["token"], layer, head, sampling)
+        n = min(CHUNK, request["context"], len(ids))  # path is /square
+        weights = maps_of_last(model, ids[-request["context"]:], n)[layer, head, :, -n:]
+        return {"side": n, "bytes": base64.b64encode((weights * 255).round().byte().cpu().numpy()).decode()}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers the page, and refuses everybody else: a page of another site may not send requests here (Origin), nor
+    under a name of its own that leads to this computer (Host)."""
+
+    timeout = 10  # seconds without a byte
+
+    def do_GET(self):
+        """The page, and what it needs to know about the model."""
+        if self.is_welcome("/", "/model"):
+            if self.path == "/":
+                self.send(200, PAGE, "text/html; charset=utf-8")
+            else:
+                self.send(200, describe())
+
+    def do_POST(self):
+        """A request of the page."""
+        if not self.is_welcome("/tokens", "/explain", "/square", "/write"):
+            return
+        try:
+            length = int(self.headers.get("Content-Length", ""))
+            if self.headers.get_content_type() != "application/json" or not 0 <= length <= LARGEST:
+                raise ValueError
+            request = json.loads(self.rfile.read(length))
+            if type(request) is not dict:
+                raise ValueError
+            found = answer(self.path, request)
+            self.send(200, found) if isinstance(found, dict) else self.send_lines(found)
+        except UserError as e:
+            self.send(400, {"error": str(e)})
+        except (ValueError, RecursionError):
+            self.send(400, {"error": f"a request is an object in JSON, at most {LARGEST} bytes long"})
+
+    def is_welcome(self, *paths):
+        """Whether the request comes from the page on this server and has one of these paths. If not, it is refused."""
+        from_here = self.headers.get_all("Host") == [SITE[7:]] and self.headers.get("Origin", SITE) == SITE
+        if not from_here:
+            self.send(403, {"error": f"only the page at {SITE} may ask"})
+        elif self.path not in paths:
+            self.send(404, {"error": f"there is nothing at {self.path[:80]}"})
+        return from_here and self.path in paths
+
+    def send(self, code, found, kind="application/json"):
+        """Sends an answer and ends the connection."""
+        data = found if isinstance(found, bytes) else json.dumps(found).encode()
+        self.begin(code, ("Content-Type", kind), ("Content-Length", len(data)))
+        self.wfile.write(data)
+
+    def begin(self, code, *headers):
+        """Sends the head of an answer."""
+        self.send_response(code)
+        for name, value in (*headers, *SAFE):
+            self.send_header(name, value)
+        self.end_headers()
+
+    def send_lines(self, found):
+        """Sends each item as a line of JSON when it is there. One text is written at a time; when the page goes away,
+        sending fails, and the text ends."""
+        if not writing.acquire(timeout=5):
+            self.send(503, {"error": "another text is being written"})
+            return
+        try:
+            self.begin(200, ("Content-Type", "application/x-ndjson"))
+            for item in found:
+                self.wfile.write(json.dumps(item).encode() + b"\n")
+        finally:
+            found.close()
+            writing.release()
+
+    def send_error(self, code, message=None, explain=None):
+        """What the base class refuses, such as other methods, in JSON, too."""
+        self.send(code, {"error": message or "this request makes no sense"})
+
+    def log_message(self, *args):
+        """Requests are not shown."""
+
+
+class Server(ThreadingHTTPServer):
+    """A thread for each connection. One that the other side gives up ends in silence."""
+
+    daemon_threads, request_queue_size = True, 64
+
+    def handle_error(self, request, address):
+        """A traceback is for errors of this program only."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, address)
+
+
+try:
+    server = Server(("127.0.0.1", port), Handler)
+except OSError as e:
+    raise UserError(f"port {port} cannot be used ({e.strerror}); choose another --port") from None
+SITE = f"http://127.0.0.1:{server.server_port}"
+print(f"{describe()['name']}: open {SITE} (Ctrl-C ends)", flush=True)
+server.serve_forever()
