@@ -5,6 +5,7 @@ samplers leave. playground.py shows it on a page.
 
 Everything here goes through model.py's own forward pass and samplers. The answers are plain values, ready for JSON.
 """
+import base64
 import functools
 
 import torch
@@ -35,6 +36,15 @@ def probabilities(model, ids):
         following = ids[cache.length - len(p) + 1:cache.length + 1]  # the last id has none
         found += [row[i].item() for row, i in zip(p, following, strict=False)]
     return found
+
+
+def read(model, tok, ids):
+    """The tokens of a text, each with its probability and with the number of tokens before it that the model saw. Of a
+    long text, it reads the end."""
+    first = max(0, len(ids) - model.config.block_size)
+    known = [None] * first + probabilities(model, ids[first:]) if ids else []
+    return [token | {"probability": p, "context": max(0, n - first)}
+            for n, (token, p) in enumerate(zip(tokens(tok, ids), known, strict=True))]
 
 
 def maps_of_last(model, ids, n):
@@ -84,7 +94,7 @@ def explain(model, tok, ids, context, token, layer, head, sampling):
         return p.topk(min(n, p.numel())).indices.tolist()
 
     shown = dict.fromkeys(likeliest(steps["model"], 16) + ([] if token is None else [token]))
-    heads = F.adaptive_max_pool1d(maps, min(16, maps.size(-1))).double().round(decimals=3)  # enough for a small picture
+    heads = F.adaptive_max_pool1d(maps.cpu(), min(16, maps.size(-1))).double().round(decimals=3)  # for small pictures
     return {"candidates": [tokens(tok, [i])[0] | {"probabilities": {k: p[i].item() for k, p in steps.items()}}
                            for i in shown],
             "attention": maps[layer, head].tolist(), "heads": heads.tolist(),
@@ -92,9 +102,16 @@ def explain(model, tok, ids, context, token, layer, head, sampling):
                       "chosen": None if token is None else p[token].item()} for p in logits.softmax(-1)]}
 
 
-def write(model, tok, ids, max_new_tokens, seed, sampling, computing):
+def square(model, ids, layer, head):
+    """One head's attention weights at the last positions, at most CHUNK of them, as bytes from 0 to 255 in base64."""
+    n = min(CHUNK, len(ids))
+    weights = maps_of_last(model, ids, n)[layer, head, :, -n:]
+    return {"side": n, "bytes": base64.b64encode((weights * 255).round().byte().cpu().numpy()).decode()}
+
+
+def write(model, tok, ids, max_new_tokens, seed, sampling):
     """Yields the tokens that follow: each with the probability that the model gave it, before the samplers, and the
-    number of tokens that it was chosen from. Holds the lock `computing` except between two tokens."""
+    number of tokens that it was chosen from. The model may be used between two of them."""
     last = {}
 
     def remember(module, args, kwargs, output):
@@ -103,10 +120,9 @@ def write(model, tok, ids, max_new_tokens, seed, sampling, computing):
     steps, decoder = model.stream([ids], max_new_tokens, eos_id=tok.eot, **sampling,
                                   generator=torch.Generator(model.wte.weight.device).manual_seed(seed)), tok.stream()
     while True:
-        with computing:
-            hook = model.register_forward_hook(remember, with_kwargs=True)
-            step = next(steps, None)
-            hook.remove()
+        hook = model.register_forward_hook(remember, with_kwargs=True)
+        step = next(steps, None)
+        hook.remove()
         if step is None:
             return
         token = tokens(tok, step.tolist())[0]

@@ -15,11 +15,12 @@ device: str | None = None   # cpu, cuda, cuda:1, mps, xpu; None: the best there 
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 
-import base64
+import contextlib
 import inspect
 import json
-import sys
+import queue
 import threading
+from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -30,7 +31,7 @@ check(config, "from 0 to 65535", lambda x: 0 <= x < 2 ** 16, "port")
 import model as model_py
 from checkpoint import load_model, load_pretrained
 from device import choose_device
-from explain import CHUNK, explain, maps_of_last, probabilities, tokens, write
+from explain import explain, read, square, tokens, write
 from fast import for_inference
 
 PAGE = Path(__file__).resolve().with_name("playground.html").read_bytes()
@@ -46,7 +47,7 @@ if tok is None:
     raise UserError(f"{init_from} does not have GPT-2's tokenizer, the only one that this program knows")
 for_inference(model.to(device), "float32")
 vocab_size, block_size = model.config.vocab_size, model.config.block_size
-computing, writing = threading.Lock(), threading.Lock()  # one thread computes at a time, and one text is written
+tasks, writing = queue.SimpleQueue(), threading.Lock()  # what there is to compute; one text is written at a time
 
 
 # --- what the page shows ---
@@ -85,22 +86,22 @@ def answer(path, request):
     sampling = {k: request[k] for k in ("temperature", "top_k", "top_p", "repetition_penalty")}
     ids, layer, head = request["ids"], request["layer"], request["head"]
     if path == "/write":
-        return write(model, tok, ids, request["max_new_tokens"], request["seed"], sampling, computing)
-    with computing:
-        if path == "/tokens":
-            try:
-                ids = tok.encode(request["text"])[-LONGEST:]
-            except UserError as e:  # a character that the model does not know is no bad request
-                return {"error": str(e)}
-            first = max(0, len(ids) - block_size)  # the model sees the end of a long text
-            known = [None] * first + probabilities(model, ids[first:]) if ids else []
-            return {"tokens": [token | {"probability": p, "context": max(0, n - first)}
-                               for n, (token, p) in enumerate(zip(tokens(tok, ids), known, strict=True))]}
-        if path == "/explain":
-            return explain(model, tok, ids, request["context"], request["token"], layer, head, sampling)
-        n = min(CHUNK, request["context"], len(ids))  # path is /square
-        weights = maps_of_last(model, ids[-request["context"]:], n)[layer, head, :, -n:]
-        return {"side": n, "bytes": base64.b64encode((weights * 255).round().byte().cpu().numpy()).decode()}
+        return write(model, tok, ids, request["max_new_tokens"], request["seed"], sampling)
+    if path == "/tokens":
+        try:
+            return {"tokens": read(model, tok, tok.encode(request["text"])[-LONGEST:])}
+        except UserError as e:  # a character that the model does not know is no bad request
+            return {"error": str(e)}
+    if path == "/square":
+        return square(model, ids[-request["context"]:], layer, head)
+    return explain(model, tok, ids, request["context"], request["token"], layer, head, sampling)
+
+
+def compute(function, *args):
+    """Calls the function in the main thread, the only one that uses the model, and returns its result."""
+    future = Future()
+    tasks.put((future, function, args))
+    return future.result()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -109,13 +110,15 @@ class Handler(BaseHTTPRequestHandler):
 
     timeout = 10  # seconds without a byte
 
+    def handle(self):
+        """Answers one request. A connection that the other side gives up ends in silence."""
+        with contextlib.suppress(OSError):
+            super().handle()
+
     def do_GET(self):
         """The page, and what it needs to know about the model."""
         if self.is_welcome("/", "/model"):
-            if self.path == "/":
-                self.send(200, PAGE, "text/html; charset=utf-8")
-            else:
-                self.send(200, describe())
+            self.send(200, *(PAGE, "text/html; charset=utf-8") if self.path == "/" else (describe(),))
 
     def do_POST(self):
         """A request of the page."""
@@ -128,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
             request = json.loads(self.rfile.read(length))
             if type(request) is not dict:
                 raise ValueError
-            found = answer(self.path, request)
+            found = compute(answer, self.path, request)
             self.send(200, found) if isinstance(found, dict) else self.send_lines(found)
         except UserError as e:
             self.send(400, {"error": str(e)})
@@ -158,17 +161,17 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send_lines(self, found):
-        """Sends each item as a line of JSON when it is there. One text is written at a time; when the page goes away,
-        sending fails, and the text ends."""
+        """Sends each item as a line of JSON when it is there. When the page goes away, sending fails, and the text
+        ends."""
         if not writing.acquire(timeout=5):
             self.send(503, {"error": "another text is being written"})
             return
         try:
             self.begin(200, ("Content-Type", "application/x-ndjson"))
-            for item in found:
+            while item := compute(next, found, None):
                 self.wfile.write(json.dumps(item).encode() + b"\n")
         finally:
-            found.close()
+            compute(found.close)
             writing.release()
 
     def send_error(self, code, message=None, explain=None):
@@ -179,21 +182,17 @@ class Handler(BaseHTTPRequestHandler):
         """Requests are not shown."""
 
 
-class Server(ThreadingHTTPServer):
-    """A thread for each connection. One that the other side gives up ends in silence."""
-
-    daemon_threads, request_queue_size = True, 64
-
-    def handle_error(self, request, address):
-        """A traceback is for errors of this program only."""
-        if not isinstance(sys.exception(), OSError):
-            super().handle_error(request, address)
-
-
+ThreadingHTTPServer.request_queue_size = 64  # connections that may wait
 try:
-    server = Server(("127.0.0.1", port), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
 except OSError as e:
     raise UserError(f"port {port} cannot be used ({e.strerror}); choose another --port") from None
 SITE = f"http://127.0.0.1:{server.server_port}"
 print(f"{describe()['name']}: open {SITE} (Ctrl-C ends)", flush=True)
-server.serve_forever()
+threading.Thread(target=server.serve_forever, daemon=True).start()
+while True:
+    future, function, args = tasks.get()
+    try:
+        future.set_result(function(*args))
+    except Exception as e:
+        future.set_exception(e)

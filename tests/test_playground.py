@@ -1,4 +1,5 @@
 """playground.py: its numbers are model.py's, strangers are refused, and the page works in a browser."""
+import contextlib
 import http.client
 import json
 import shutil
@@ -87,7 +88,7 @@ def test_each_sampler_is_shown(machine):
 def test_what_is_written_is_what_the_model_streams(machine):
     model, fast, tok = machine
     ids, how = tok.encode(TEXT)[:10], dict(temperature=0.8, top_k=5)
-    found = list(write(fast, tok, ids, 60, 3, PLAIN | how, threading.Lock()))
+    found = list(write(fast, tok, ids, 60, 3, PLAIN | how))
     streamed = fast.stream([ids], 60, **how, eos_id=tok.eot, generator=torch.Generator().manual_seed(3))
     assert [t["id"] for t in found] == [i.item() for i in streamed]
     decoder = tok.stream()
@@ -265,14 +266,18 @@ return boxes.flatMap(([a, r], i) => boxes.slice(i + 1).filter(([b, s]) => !a.con
 
 
 def test_in_a_browser(server, browser, tmp_path):
+    from selenium.common.exceptions import StaleElementReferenceException
+
     def find(selector):
         return browser.find_elements("css selector", selector)
 
     def until(condition):
-        deadline = time.time() + 20
-        while not condition():
+        deadline, found = time.time() + 20, False
+        while not found:
             assert time.time() < deadline
             time.sleep(0.02)
+            with contextlib.suppress(StaleElementReferenceException):  # the page has just drawn it anew
+                found = condition()
 
     browser.get(f"http://127.0.0.1:{server[0]}/")
     until(lambda: find("#candidates tr"))
@@ -288,10 +293,9 @@ def test_in_a_browser(server, browser, tmp_path):
     until(lambda: len(find("#text .token")) > 100 and find("#write")[0].text == "Go on")
     find("#t30")[0].click()
     until(lambda: find("#t30[aria-selected=true]") and find("#candidates .chosen"))
-    assert len(find("#heads button")) == 4 and len(find("#lens tr")) == 1 + 3
-    find("#heads button")[3].click()
-    until(lambda: find("#heads button")[3].get_attribute("aria-pressed") == "true")
-    assert "Layer 2, head 2" in find("#head-name")[0].text
+    until(lambda: len(find("#heads button")) == 4 and len(find("#lens tr")) == 1 + 3)
+    browser.execute_script("document.querySelectorAll('#heads button')[3].click()")
+    until(lambda: "Layer 2, head 2" in find("#head-name")[0].text)
     before = find("#candidates")[0].text
     browser.execute_script("top_k.value = 2; top_k.dispatchEvent(new Event('input'))")
     until(lambda: "cut by top-k" in find("#candidates")[0].text)
