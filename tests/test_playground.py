@@ -295,7 +295,7 @@ def test_in_a_browser(server, browser, tmp_path):
     until(lambda: find("#t30[aria-selected=true]") and find("#candidates .chosen"))
     until(lambda: len(find("#heads button")) == 4 and len(find("#lens tr")) == 1 + 3)
     browser.execute_script("document.querySelectorAll('#heads button')[3].click()")
-    until(lambda: "Layer 2, head 2" in find("#head-name")[0].text)
+    until(lambda: "Layer 1, head 1" in find("#head-name")[0].text)
     before = find("#candidates")[0].text
     browser.execute_script("top_k.value = 2; top_k.dispatchEvent(new Event('input'))")
     until(lambda: "cut by top-k" in find("#candidates")[0].text)
