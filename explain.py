@@ -47,11 +47,25 @@ def read(model, tok, ids):
             for n, (token, p) in enumerate(zip(tokens(tok, ids), known, strict=True))]
 
 
+kept = {}  # by model: the ids that its cache holds, and the cache
+
+
+def filled_cache(model, ids):
+    """A cache that holds these ids. It is kept for the next call, which reads only what comes after the same
+    beginning."""
+    before, cache = kept.get(model) or ([], model.new_cache(1))
+    cache.length = next((n for n, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b),
+                        min(len(ids), len(before)))
+    while cache.length < len(ids):
+        part = ids[cache.length:cache.length + CHUNK]
+        model(torch.tensor([part], device=model.wte.weight.device), cache=cache, last_only=True)
+    kept[model] = ids, cache
+    return cache
+
+
 def maps_of_last(model, ids, n):
     """The attention weights of the last n positions, (n_layer, nh, n, T)."""
-    cache = model.new_cache(1)
-    for part in torch.tensor(ids[:-n], device=model.wte.weight.device).split(CHUNK) if len(ids) > n else []:
-        model(part[None], cache=cache, last_only=True)
+    cache = filled_cache(model, ids[:-n])
     return model.attention_maps(torch.tensor([ids[-n:]], device=model.wte.weight.device), cache)[:, 0]
 
 
@@ -102,6 +116,7 @@ def explain(model, tok, ids, context, token, layer, head, sampling):
                       "chosen": None if token is None else p[token].item()} for p in logits.softmax(-1)]}
 
 
+@torch.no_grad()
 def square(model, ids, layer, head):
     """One head's attention weights at the last positions, at most CHUNK of them, as bytes from 0 to 255 in base64."""
     n = min(CHUNK, len(ids))
