@@ -9,7 +9,7 @@ values but no code. `out/latest.pt` is for resuming, `out/best.pt` (the lowest v
 import os
 
 out_dir = "out"              # the run to export
-export: str | None = None    # the folder to write: config.json, model.safetensors and, for byte pairs, the tokenizer
+export: str | None = None    # the folder to write: the model, its tokenizer and a README.md
 
 if __name__ == "__main__":  # settings are read before the heavy imports, so that --help and a typo answer at once
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
@@ -22,6 +22,7 @@ import io
 import itertools
 import json
 import math
+import shlex
 import shutil
 import sys
 import zipfile
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from distributed import gathered, is_main_process, print_once, shard_like
 from files import LOG_COLUMNS, UserError, read_json, read_log, write_atomically
 from model import GPT, GPTConfig
-from tokenizer import BPETokenizer, fetch_vocabulary, load_tokenizer, read_nanogpt_characters
+from tokenizer import BPETokenizer, CharTokenizer, fetch_vocabulary, load_tokenizer, read_nanogpt_characters
 
 FORMAT_VERSION = 4  # 3 also held the optimizers' settings
 
@@ -584,7 +585,13 @@ def read_tensors(folder, name):
 
 
 def pretrained_tokenizer(folder, is_name, vocab_size):
-    """The tokenizer of a pretrained model, if it is GPT-2's, else None."""
+    """The tokenizer of a pretrained model, if it is GPT-2's or the characters of an export of ours, else None."""
+    if (folder / "tokenizer.json").is_file() and vocab_size != 50257:
+        model = read_json(folder / "tokenizer.json", {"model": (dict, None)}, advice="fetch it again")["model"]
+        words = model.get("vocab")
+        if model.get("type") == "WordLevel" and isinstance(words, dict) and (
+                list(words.values()) == list(range(vocab_size)) and all(len(word) == 1 for word in words)):
+            return CharTokenizer("".join(words))
     if vocab_size != 50257:
         return None
     if (folder / "vocab.json").is_file():
@@ -596,14 +603,15 @@ def pretrained_tokenizer(folder, is_name, vocab_size):
     return BPETokenizer()
 
 
-EXPORTED = {"config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json"}
+EXPORTED = {"config.json", "model.safetensors", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json",
+            "README.md"}
 
 
-def save_pretrained(model, tokenizer, folder):
-    """Writes a folder that transformers' AutoModelForCausalLM.from_pretrained loads, and with a BPETokenizer its
-    AutoTokenizer too. A model without biases gets biases of zero, which compute the same. The folder appears whole or
-    not at all; an earlier export there is renamed. UserError if the model is not a GPT-2 (someone has changed
-    model.py), if the folder holds something else, or if safetensors is not installed."""
+def save_pretrained(model, tokenizer, folder, card=""):
+    """Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load; card is the text of its
+    README.md. A model without biases gets biases of zero, which compute the same. The folder appears whole or not at
+    all; an earlier export there is renamed. UserError if the model is not a GPT-2 (someone has changed model.py), if
+    the folder holds something else, or if safetensors is not installed."""
     try:
         from safetensors.torch import save
     except ImportError:
@@ -617,12 +625,21 @@ def save_pretrained(model, tokenizer, folder):
               "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
               "bos_token_id": eot, "eos_token_id": eot, "dtype": str(model.wte.weight.dtype).removeprefix("torch.")}
     files = {"config.json": json.dumps(config, indent=1).encode(), "model.safetensors": save(tensors, {"format": "pt"})}
+    settings = {"model_max_length": c.block_size, "clean_up_tokenization_spaces": False}
     if isinstance(tokenizer, BPETokenizer):
         paths = fetch_vocabulary()
-        special = {k: "<|endoftext|>" for k in ("bos_token", "eos_token", "unk_token")}
-        files |= {"vocab.json": paths["encoder.json"].read_bytes(), "merges.txt": paths["vocab.bpe"].read_bytes(),
-                  "tokenizer_config.json": json.dumps(
-                      {"tokenizer_class": "GPT2Tokenizer", "model_max_length": c.block_size} | special).encode()}
+        settings |= {"tokenizer_class": "GPT2Tokenizer"}
+        settings |= {k: "<|endoftext|>" for k in ("bos_token", "eos_token", "unk_token")}
+        files |= {"vocab.json": paths["encoder.json"].read_bytes(), "merges.txt": paths["vocab.bpe"].read_bytes()}
+    elif tokenizer:  # each character is a word of the vocabulary; transformers refuses others
+        words = {c: i for i, c in enumerate(tokenizer.chars)}
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        files["tokenizer.json"] = json.dumps({
+            "version": "1.0", "added_tokens": [], "normalizer": None, "post_processor": None,
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
+                              "invert": False},
+            "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}, "decoder": {"type": "Fuse"}}).encode()
+    files |= {"tokenizer_config.json": json.dumps(settings).encode(), "README.md": card.encode()}
     folder = Path(folder).resolve()
     partial = folder.with_name(f"{folder.name}.partial")
     if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= EXPORTED):
@@ -635,6 +652,27 @@ def save_pretrained(model, tokenizer, folder):
     elif folder.exists():
         folder.rmdir()
     partial.rename(folder)
+
+
+def model_card(checkpoint, folder):
+    """The README.md of an export: what the model is, on what it was trained and how, and how to load it."""
+    shape, text, loss = checkpoint["model_config"], checkpoint.get("text") or {}, checkpoint.get("best_val_loss")
+    settings = (checkpoint.get("config") or {}) | shape
+    machine = ("out_dir", "init_from", "device", "wandb", "wandb_project", "wandb_name", "tensorboard", "vocab_size")
+    words = [f"--{k}={v}" for k, v in settings.items() if k not in machine and v not in (None, "")]
+    name = Path(folder).resolve().name
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {name}", "",
+             f"A GPT with GPT-2's architecture: {shape['n_layer']} layers, {shape['n_head']} heads, width "
+             f"{shape['n_embd']}, a context of {shape['block_size']} tokens and a vocabulary of {shape['vocab_size']} "
+             f"{'byte pairs' if checkpoint['tokenizer'].get('kind') == 'gpt2' else 'characters'}.", "",
+             f"- Dataset: {text.get('dataset', 'unknown')} (sha256 of the text: {text.get('sha256', 'unknown')})",
+             f"- Training: {checkpoint.get('iter_num', 'unknown')} steps, {checkpoint.get('tokens', 'unknown')} tokens",
+             f"- Validation loss: {'unknown' if loss is None else f'{loss:.4f} nats per token'}", "",
+             "Trained with", "", f"    python train.py {shlex.join(words)}", "", "To write text with it:", "",
+             "    from transformers import pipeline",
+             f'    generate = pipeline("text-generation", model="{name}")',
+             '    print(generate("The", max_new_tokens=50)[0]["generated_text"])', ""]
+    return "\n".join(lines)
 
 
 def to_gpt2(model):
@@ -694,7 +732,6 @@ def gpt2_logits(tensors, config, idx):
 if __name__ == "__main__":
     if export is None:
         raise UserError("nothing to do; name the folder to write with --export=FOLDER")
-    model, tokenizer, _ = load_model(out_dir)
-    save_pretrained(model, tokenizer, export)
-    print(f"wrote {export}" + ("" if isinstance(tokenizer, BPETokenizer) else ", without a tokenizer: a character "
-                               "tokenizer has no such format; the checkpoint keeps it"))
+    model, tokenizer, checkpoint = load_model(out_dir)
+    save_pretrained(model, tokenizer, export, model_card(checkpoint, export))
+    print(f"wrote {export}: its README.md says how to load it")

@@ -1,5 +1,6 @@
 """GPT-2 weights in and out, against transformers' GPT2LMHeadModel with random weights."""
 import json
+import shlex
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from checkpoint import load_model, load_pretrained, save_pretrained
 from model import GPT, GPTConfig
+from test_train import same_run
 from tokenizer import BPETokenizer, CharTokenizer
 
 
@@ -128,6 +130,27 @@ def test_what_cannot_be_had_is_named(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="neither model.safetensors"):
         load_pretrained(tmp_path)
+
+
+def test_a_character_model_is_exported_with_its_tokenizer(trained):
+    trained.run("train.py", "--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=256",
+                "--max_iters=40", "--out_dir=long")
+    trained.run("checkpoint.py", "--out_dir=long", "--export=characters")
+    folder = trained.folder / "characters"
+    text = trained.run("sample.py", "--start=The old", "--max_new_tokens=200", "--temperature=0", "--out_dir=long")
+    generate = pipeline("text-generation", model=str(folder), device="cpu", dtype=torch.float32)
+    assert generate("The old", max_new_tokens=200, do_sample=False)[0]["generated_text"] + "\n" == text
+    assert trained.run("sample.py", "--start=The old", "--max_new_tokens=200", "--temperature=0",
+                       "--init_from=characters") == text
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer.encode("  The\n\nfox , it ")) == "  The\n\nfox , it "
+    with pytest.raises(Exception, match="UNK"):
+        tokenizer.encode("é")
+    card = (folder / "README.md").read_text()
+    assert "2 layers, 2 heads, width 32" in card and "Dataset: tiny" in card and "Validation loss: " in card
+    command = next(line for line in card.splitlines() if "train.py" in line)
+    trained.run("train.py", *shlex.split(command)[2:], "--out_dir=again")
+    assert same_run(trained.folder / "long", trained.folder / "again")
 
 
 def test_trained_exported_and_finetuned(trained):
