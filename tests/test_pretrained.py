@@ -149,8 +149,8 @@ def test_a_character_model_is_exported_with_its_tokenizer(trained):
     card = (folder / "README.md").read_text()
     assert "2 layers, 2 heads, width 32" in card and "Dataset: tiny" in card and "Validation loss: " in card
     command = next(line for line in card.splitlines() if "train.py" in line)
-    trained.run("train.py", *shlex.split(command)[2:], "--out_dir=again")
-    assert same_run(trained.folder / "long", trained.folder / "again")
+    trained.run("train.py", *shlex.split(command)[2:], "--out_dir=from-card")
+    assert same_run(trained.folder / "long", trained.folder / "from-card")
 
 
 def test_trained_exported_and_finetuned(trained):
