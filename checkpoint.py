@@ -22,6 +22,8 @@ import io
 import itertools
 import json
 import math
+import pickletools
+import re
 import shlex
 import shutil
 import sys
@@ -86,8 +88,7 @@ def load_checkpoint(path, needed=()):
     if the file is not such a checkpoint or is damaged, OSError if it cannot be opened."""
     with open(path, "rb") as f:
         try:
-            with zipfile.ZipFile(f) as archive:  # torch.load does not compare the checksums
-                good = not any(entry.compress_type for entry in archive.infolist()) and not archive.testzip()
+            good = is_plain_archive(f)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True) if good else None
         except MemoryError:
             raise UserError(f"{path} needs more memory than there is") from None
@@ -96,7 +97,10 @@ def load_checkpoint(path, needed=()):
     if not good or not is_sound(checkpoint):
         raise UserError(f"{path} is damaged or not a checkpoint; {other_checkpoint(Path(path))}")
     if isinstance(checkpoint, dict) and "format_version" not in checkpoint and "model_args" in checkpoint:
-        checkpoint = from_nanogpt(checkpoint, Path(path))
+        try:
+            checkpoint = from_nanogpt(checkpoint, Path(path))
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as e:
+            raise UserError(f"{path} is damaged: it is no checkpoint of nanoGPT ({first_line(e)})") from None
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise UserError(f"{path} has checkpoint format {version}, but this program reads 1 to {FORMAT_VERSION}")
@@ -114,6 +118,27 @@ def load_checkpoint(path, needed=()):
         if not isinstance(checkpoint.get(name), needed[name]):
             raise UserError(f"{path} lacks {name!r}; latest.pt is for resuming, and either it or best.pt for sampling")
     return checkpoint
+
+
+PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
+
+
+def is_plain_archive(f):
+    """Whether an open file is an archive as torch.save writes it: not compressed, with the right checksums, which
+    torch.load does not compare, and of nothing but tensors and plain values."""
+    if f.read(4) != b"PK\3\4":  # torch.load would take it for an older format
+        return False
+    with zipfile.ZipFile(f) as archive:
+        for entry in archive.infolist():  # torch.load finds a record whatever the case of its letters
+            name = entry.filename.partition("/")[2].lower()
+            if entry.compress_type or (name.startswith("data/") and not name[5:].isdigit()):
+                return False
+        pickled = next(entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
+        for opcode, argument, _ in pickletools.genops(archive.read(pickled)):
+            known = opcode.name != "GLOBAL" or argument in PICKLED or re.fullmatch(r"torch \w+Storage", argument)
+            if not known or opcode.name in ("STACK_GLOBAL", "BYTEARRAY8"):
+                return False
+        return not archive.testzip()
 
 
 def is_sound(checkpoint):
@@ -166,7 +191,7 @@ def model_config(fields, path):
     field that model.py does not know or a value out of range."""
     unknown = fields.keys() - {field.name for field in dataclasses.fields(GPTConfig)}
     if unknown:
-        raise UserError(f"{path} has the model setting {min(unknown)!r}, which model.py does not know")
+        raise UserError(f"{path} has the model setting {next(iter(unknown))!r:.80}, which model.py does not know")
     try:
         return GPTConfig(**fields)
     except (TypeError, ValueError) as e:
@@ -231,6 +256,8 @@ def load_model(out_dir, block_size=None, dropout=None):
     checkpoint = load_checkpoint(path, TO_SAMPLE)
     config = model_config(checkpoint["model_config"], path)
     check_size(config, checkpoint["model"], path)
+    with torch.device("meta"):  # takes no memory
+        check_fit(GPT(config), checkpoint["model"], path)
     model = GPT(config if dropout is None else dataclasses.replace(config, dropout=dropout))
     load_weights(model, checkpoint["model"], path)
     check_probe(model, checkpoint, path)
@@ -281,7 +308,7 @@ def check_probe(model, checkpoint, path):
 def has_same_text(checkpoint, text, path, may_differ):
     """Whether a run resumes on the dataset that its checkpoint was trained on. If not, and it must: UserError."""
     before = checkpoint.get("text") or text
-    if before.get("sha256") == text["sha256"]:
+    if all(before.get(k) == text[k] for k in ("sha256", "val_tokens")):
         return True
     if not may_differ:
         raise UserError(f"the dataset {text['dataset']} is not the one that {path} was trained on; restore it, or go "
@@ -385,12 +412,14 @@ def first_line(e):
 
 def move_earlier_run(folder):
     """Renames a folder that holds a run, or anything of one, to folder.1, folder.2, ... A link to a folder stays, and
-    the folder itself is renamed."""
+    the folder itself is renamed. Returns whether it did."""
     log = folder / "log.csv"
     if folder.is_dir() and (any(folder.glob("*.pt")) or log.exists() and any(read_log(log))):
         folder = folder.resolve() if folder.is_symlink() else folder
         print(f"{folder} held an earlier run: moved it to {move_aside(folder)}", flush=True)
         folder.mkdir()
+        return True
+    return False
 
 
 def move_aside(folder):
@@ -434,9 +463,10 @@ class Log:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = lock_run(self.path.parent)
         if not checkpoint:
-            self.lock.release()  # Windows does not rename a folder in which a file is open
-            move_earlier_run(Path(folder))
-            self.lock = lock_run(self.path.parent)
+            if os.name == "nt":  # Windows does not rename a folder in which a file is open
+                self.lock.release()
+            if move_earlier_run(Path(folder)) or os.name == "nt":  # the lock moved with the folder
+                self.lock = lock_run(self.path.parent)
         for unfinished in filter(Path.is_file, self.path.parent.glob("*.tmp")):  # of a process that was killed
             unfinished.unlink()
         rows, damaged = read_log(self.path) if checkpoint and self.path.exists() else ([], 0)
@@ -513,7 +543,8 @@ def load_pretrained(name_or_folder, block_size=None, dropout=0.0):
         raise UserError(f"{name_or_folder} has a head that is not tied to wte, which this model does not support")
     if block_size is not None:
         config, tensors = cropped(config, tensors, block_size, name_or_folder)
-    check_size(config, {name: t for name, t in tensors.items() if t is not None}, name_or_folder)
+    check_size(config, {"wpe.weight": torch.zeros(0)} | {k: t for k, t in tensors.items() if t is not None},
+               name_or_folder)
     model = GPT(config)
     if all(t is not None and t.dtype == torch.float64 for t in tensors.values()):
         model = model.double()
@@ -641,12 +672,18 @@ def save_pretrained(model, tokenizer, folder, card=""):
             "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}, "decoder": {"type": "Fuse"}}).encode()
     files |= {"tokenizer_config.json": json.dumps(settings).encode(), "README.md": card.encode()}
     folder = Path(folder).resolve()
-    partial = folder.with_name(f"{folder.name}.partial")
+    if not folder.name:
+        raise UserError(f"{folder} cannot be the folder of an export; name a new one")
+    partial = folder.with_name(f".{folder.name}.partial")
     if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= EXPORTED):
         raise UserError(f"{folder} exists and is not an earlier export; name a new folder")
-    shutil.rmtree(partial, ignore_errors=True)
-    for name, data in files.items():
-        write_atomically(partial / name, data)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
+        for name, data in files.items():
+            write_atomically(partial / name, data)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if folder.exists() and any(folder.iterdir()):
         print(f"{folder} held an earlier export: moved it to {move_aside(folder)}", flush=True)
     elif folder.exists():

@@ -168,10 +168,10 @@ def _as_kind(value, kind, optional, from_text=False):
     if optional and (value is None or (from_text and value == "None")):
         return None
     if from_text:
-        return {"True": True, "False": False}[value] if kind is bool else kind(value)
+        value = {"True": True, "False": False}[value] if kind is bool else kind(value)
     if kind is float and type(value) is int:
         return float(value)
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is int and not -2 ** 63 <= value < 2 ** 63) or (kind is str and "\0" in value):
         raise ValueError
     return value
 
@@ -191,7 +191,8 @@ def _checked(name, value, settings, where, from_text=False):
         return _as_kind(value, kind, optional, from_text)
     except (KeyError, ValueError, OverflowError):
         expected = ("True or False" if kind is bool else kind.__name__) + (" or None" if optional else "")
-        raise UserError(f"{name} expects {expected}, got {value!r:.200} {where}") from None
+        got = "a number of more than 64 bits" if type(value) is int else f"{value!r:.200}"
+        raise UserError(f"{name} expects {expected}, got {got} {where}") from None
 
 
 def _print_help(path, doc, settings):

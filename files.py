@@ -7,6 +7,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 
@@ -99,6 +100,11 @@ META = {"vocab_size": (int, at_least(1)), "dtype": (str, one_of("uint16", "uint3
         "train_tokens": (int, at_least(2)), "val_tokens": (int, at_least(2))}
 
 
+def is_dataset_name(name):
+    """Whether this can be the name of a dataset, a folder in data/."""
+    return re.fullmatch(r"\w[\w.-]*", name) is not None
+
+
 def prepare_dataset(folder, arguments, give_up):
     """Runs prepare.py with these arguments, if there is no dataset in data/<dataset> yet. If it fails, it has said why,
     and give_up is called with its exit code."""
@@ -112,7 +118,7 @@ def prepare_dataset(folder, arguments, give_up):
             words = shlex.split(arguments.replace("\\", "\\\\"))  # Windows' paths have backslashes
         except ValueError as e:
             raise UserError(f"prepare must be arguments for prepare.py, got {arguments!r} ({e})") from None
-        command = [sys.executable, folder.parents[1] / "prepare.py", f"--dataset={folder.name}", *words]
+        command = [sys.executable, Path(__file__).with_name("prepare.py"), f"--dataset={folder.name}", *words]
         code = subprocess.run(command).returncode
         if code:
             give_up(code)
@@ -151,7 +157,16 @@ def open_dataset(folder):
         raise UserError(f"no dataset in {folder} on this machine; run prepare.py on every machine, or share the folder")
     meta = read_json(folder / "meta.json", META, advice="run prepare.py again")
     vocab_size, tokenizer = meta["vocab_size"], meta["tokenizer"]
-    if vocab_size != (50257 if tokenizer.get("kind") == "gpt2" else len(str(tokenizer.get("chars", "")))):
+    try:
+        from tokenizer import CharTokenizer
+        fits = tokenizer.get("kind") in ("gpt2", "char") and tokenizer.keys() <= {"kind", "chars"} and vocab_size == (
+            50257 if tokenizer["kind"] == "gpt2" else CharTokenizer(tokenizer.get("chars")).vocab_size)
+    except UserError:
+        fits = False
+    for name, kind in {"sha256": str, "val_bytes": int, "train_bytes": int, "source": str}.items():
+        if type(meta.get(name, kind())) is not kind or (kind is int and not 0 <= meta.get(name, 0) < 2 ** 63):
+            raise UserError(f"{folder / 'meta.json'}: {name} is damaged; run prepare.py again")
+    if not fits:
         raise UserError(f"{folder / 'meta.json'}: vocab_size {vocab_size} does not fit the tokenizer; run prepare.py "
                         "again")
     dtype, splits = np.dtype(meta["dtype"]).newbyteorder("<"), []

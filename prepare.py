@@ -27,7 +27,7 @@ val_fraction = 0.1             # the share of the tokens, at the end, that is he
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 import re
 
-from files import META, UserError, download, finish_publishing, read_json, read_wheel, write_atomically
+from files import META, UserError, download, finish_publishing, is_dataset_name, read_json, read_wheel, write_atomically
 
 kind = tokenizer or ("gpt2" if dataset in ("shakespeare", "openwebtext") else "char")
 if kind not in ("char", "gpt2"):
@@ -36,7 +36,7 @@ if not 0 < val_fraction < 1:
     raise UserError(f"val_fraction must be between 0 and 1, got {val_fraction}")
 if "" in (input, val_input):
     raise UserError("input and val_input are files, folders or globs, got ''")
-if not re.fullmatch(r"\w[\w.-]*", dataset):
+if not is_dataset_name(dataset):
     raise UserError("dataset is the name of a folder in data/, in letters, digits, '_', '-' and '.', "
                     f"got {dataset!r}; name the text itself with --input")
 

@@ -179,7 +179,7 @@ def read_parquet(path, text_key):
             for rows in table.iter_batches(batch_size=100, columns=[text_key]):
                 for value in rows.column(0):
                     number += 1
-                    with contextlib.suppress(UnicodeDecodeError):  # its bytes are not a string: a bad record
+                    with contextlib.suppress(ValueError, OverflowError):  # then it is a bad record
                         value = value.as_py()
                     yield number, {text_key: value}, size * number // total
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:

@@ -64,7 +64,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from files import UserError, check, open_dataset, prepare_dataset
+from files import UserError, check, is_dataset_name, open_dataset, prepare_dataset
 
 
 def check_settings():
@@ -78,6 +78,7 @@ def check_settings():
     check(config, "below 2 ** 63", lambda x: x < 2 ** 63, "seed")
     check(config, "'adamw' or 'muon'", lambda x: x in ("adamw", "muon"), "optimizer")
     check(config, "'float32', 'bfloat16' or 'float16'", lambda x: x in ("float32", "bfloat16", "float16"), "dtype")
+    check(config, "the name of a folder in data/", is_dataset_name, "dataset")
     check(config, "'ddp' or 'fsdp'", lambda x: x in ("ddp", "fsdp"), "strategy")
     check(config, f"divisible by n_head ({n_head})", lambda x: x % n_head == 0, "n_embd")
 
@@ -101,10 +102,10 @@ from optimizer import make_optimizers, schedule
 out = Path(out_dir)
 checkpoint = pretrained = tokenizer = None
 fixed, source = {}, None  # settings that a loaded model decides, and where it came from
-if init_from == "resume" and (out / "latest.pt").exists():
+if init_from == "resume" and (out / "latest.pt").is_file():
     source = out / "latest.pt"
     checkpoint = load_checkpoint(source, TO_RESUME)
-    not_kept = {"init_from", "out_dir", "strategy", *overrides} | ({"device"} if distributed.is_distributed else set())
+    not_kept = {"init_from", "out_dir", "prepare", "strategy", *overrides, *["device"] * distributed.is_distributed}
     config |= {k: v for k, v in checkpoint["config"].items() if k in config and k not in not_kept}
     fixed = checkpoint["model_config"] | {"optimizer": checkpoint["config"].get("optimizer", optimizer)}
     tokenizer = checkpoint["tokenizer"]

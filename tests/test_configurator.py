@@ -45,7 +45,7 @@ def script(project):
     (["--flag", "False", "--limit=4"], "('x', 3, 0.5, False, 4)"),
     (["--limit=4", "--limit=None", "--name=", "--size=-2"], "('', -2, 0.5, False, None)"),
     (["--size", "-2", "--rate=inf"], "('x', -2, inf, False, None)"),
-    ([f"--size={10 ** 100}", "--share=2"], f"('x', {10 ** 100}, 0.5, False, None) ['share', 'size'] {10 ** 100} 2.0"),
+    ([f"--size={2 ** 62}", "--share=2"], f"('x', {2 ** 62}, 0.5, False, None) ['share', 'size'] {2 ** 62} 2.0"),
     (["config/some.py"], "('x', 11, 3.0, False, None) ['rate', 'size'] 11"),
     (["--size=5", "config/some.py", "--rate=1e-3"], "('x', 12, 0.001, False, None)"),
     (["--flag", "config/some.py", "--name=--x"], "('--x', 11, 3.0, True, None)"),
