@@ -463,10 +463,9 @@ class Log:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = lock_run(self.path.parent)
         if not checkpoint:
-            if os.name == "nt":  # Windows does not rename a folder in which a file is open
-                self.lock.release()
-            if move_earlier_run(Path(folder)) or os.name == "nt":  # the lock moved with the folder
-                self.lock = lock_run(self.path.parent)
+            self.lock.release()  # Windows does not rename a folder in which a file is open
+            move_earlier_run(Path(folder))
+            self.lock = lock_run(self.path.parent)
         for unfinished in filter(Path.is_file, self.path.parent.glob("*.tmp")):  # of a process that was killed
             unfinished.unlink()
         rows, damaged = read_log(self.path) if checkpoint and self.path.exists() else ([], 0)

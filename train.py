@@ -102,7 +102,7 @@ from optimizer import make_optimizers, schedule
 out = Path(out_dir)
 checkpoint = pretrained = tokenizer = None
 fixed, source = {}, None  # settings that a loaded model decides, and where it came from
-if init_from == "resume" and (out / "latest.pt").is_file():
+if init_from == "resume" and (out / "latest.pt").exists():
     source = out / "latest.pt"
     checkpoint = load_checkpoint(source, TO_RESUME)
     not_kept = {"init_from", "out_dir", "prepare", "strategy", *overrides, *["device"] * distributed.is_distributed}
