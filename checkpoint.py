@@ -120,6 +120,7 @@ def load_checkpoint(path, needed=()):
     return checkpoint
 
 
+# What a pickle of tensors and plain values calls, besides "torch FloatStorage" and the like.
 PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
 
 
@@ -412,14 +413,12 @@ def first_line(e):
 
 def move_earlier_run(folder):
     """Renames a folder that holds a run, or anything of one, to folder.1, folder.2, ... A link to a folder stays, and
-    the folder itself is renamed. Returns whether it did."""
+    the folder itself is renamed."""
     log = folder / "log.csv"
     if folder.is_dir() and (any(folder.glob("*.pt")) or log.exists() and any(read_log(log))):
         folder = folder.resolve() if folder.is_symlink() else folder
         print(f"{folder} held an earlier run: moved it to {move_aside(folder)}", flush=True)
         folder.mkdir()
-        return True
-    return False
 
 
 def move_aside(folder):

@@ -1,7 +1,8 @@
 """What a model computes when it chooses a token: where it looks, what it would say after each layer, and what the
 samplers leave. playground.py shows it on a page.
 
-    what = explain(model, tok, tok.encode("ROMEO:"), token=None, layer=0, head=0, sampling=dict(temperature=0.8, ...))
+    sampling = dict(temperature=0.8, top_k=None, top_p=0.9, repetition_penalty=1.0)
+    what = explain(model, tok, tok.encode("ROMEO:"), context=6, token=None, layer=0, head=0, sampling=sampling)
 
 Everything here goes through model.py's own forward pass and samplers. The answers are plain values, ready for JSON.
 """

@@ -259,6 +259,44 @@ def test_a_few_bytes_do_not_take_the_memory(trained, tmp_path, place, value):
         load_model(tmp_path)
 
 
+def test_a_checkpoint_names_no_program(trained):
+    """The dataset and prepare's arguments lead to a program that is run, so a checkpoint may not choose them freely."""
+    folder = trained.folder / "stranger"
+    folder.mkdir()
+    for name in ("evil.py", "prepare.py"):
+        (folder / name).write_text("open('ran', 'w')")
+    good = load_checkpoint(trained.folder / "out" / "latest.pt")
+    for change in ({"dataset": "new", "prepare": str(folder / "evil.py")}, {"dataset": str(folder / "a" / "b")},
+                   {"dataset": "../stranger/x"}, {"dataset": ""}, {"dataset": "."}):
+        torch.save(good | {"config": good["config"] | change}, folder / "latest.pt")
+        done = trained.finish("train.py", "--init_from=resume", "--out_dir=stranger")
+        assert done.returncode and "Traceback" not in done.stderr
+    assert not list(trained.folder.rglob("ran"))
+
+
+def test_another_split_is_another_dataset(project):
+    how = ["--dataset=mine", "--input=mine.txt"]
+    (project.folder / "mine.txt").write_text(TEXT)
+    project.run("prepare.py", *how)
+    project.run("train.py", *TINY, "--dataset=mine", "--max_iters=2")
+    project.run("prepare.py", *how, "--val_fraction=0.5")
+    assert "is not the one that" in project.fails("train.py", "--init_from=resume", "--max_iters=4")
+
+
+def test_a_pickle_that_asks_for_memory_is_refused(trained, tmp_path):
+    """torch.load would call bytearray(10 ** 12), and would take a file that is not an archive from its beginning on for
+    an older format."""
+    path = tmp_path / "best.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02cbuiltins\nbytearray\n(L1000000000000L\ntR.")
+        archive.writestr("a/version", "3\n")
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+        load_model(path)
+    path.write_bytes(b"\x80\x02" + (trained.folder / "out" / "best.pt").read_bytes())
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+        load_model(path)
+
+
 def test_a_compressed_checkpoint_is_refused(tmp_path):
     """torch.save does not compress. A kilobyte of zeros, compressed, may stand for a gigabyte."""
     with zipfile.ZipFile(tmp_path / "best.pt", "w", zipfile.ZIP_DEFLATED) as archive:
