@@ -284,15 +284,20 @@ def test_another_split_is_another_dataset(project):
 
 
 def test_a_pickle_that_asks_for_memory_is_refused(trained, tmp_path):
-    """torch.load would call bytearray(10 ** 12), and would take a file that is not an archive from its beginning on for
-    an older format."""
+    """torch.load calls bytearray(n) if a pickle says so. It also reads an older format, whose sizes it believes, even
+    if an archive follows in the same file."""
     path = tmp_path / "best.pt"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/data.pkl", b"\x80\x02cbuiltins\nbytearray\n(L1000000000000L\ntR.")
+        archive.writestr("a/data.pkl", b"\x80\x02cbuiltins\nbytearray\nJ\x00\x10\x00\x00\x85R.")
         archive.writestr("a/version", "3\n")
+        archive.writestr("a/byteorder", "little")
+    assert torch.load(path, weights_only=True) == bytearray(4096)
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
         load_model(path)
-    path.write_bytes(b"\x80\x02" + (trained.folder / "out" / "best.pt").read_bytes())
+    torch.save(load_checkpoint(trained.folder / "out" / "best.pt"), path, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02N.")
+    assert "model" in torch.load(path, weights_only=True)
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
         load_model(path)
 
