@@ -33,12 +33,12 @@ def write_atomically(path, data):
         raise
 
 
-def read_small(path):
-    """The bytes of a file that should be small. UserError if it has more than 64 MB, which would fill the memory."""
+def read_small(path, most=1 << 26):
+    """The bytes of a file that should be small. UserError if it has more than `most`, which could fill the memory."""
     with open(path, "rb") as f:
-        data = f.read((1 << 26) + 1)
-    if len(data) > 1 << 26:
-        raise UserError(f"{path} has more than 64 MB, too much for what it should hold")
+        data = f.read(most + 1)
+    if len(data) > most:
+        raise UserError(f"{path} has more than {most >> 20} MB, too much for what it should hold")
     return data
 
 

@@ -8,8 +8,9 @@ import torch
 
 from checkpoint import load_model, load_pretrained
 from conftest import TEXT, TINY
+from files import UserError
 from test_prepare import read
-from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
+from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, read_nanogpt_characters
 
 transformers = pytest.importorskip("transformers")
 CHARS = "".join(sorted(set(TEXT)))
@@ -42,7 +43,7 @@ def nanogpt_checkpoint(model, bias, dataset, prefix="", mask=False):
             "config": {"dataset": dataset, "learning_rate": 1e-3}}
 
 
-def write_dataset(folder, chars=CHARS, ids=None):
+def write_dataset(folder, chars=CHARS, ids=None, protocol=None):
     """nanoGPT's train.bin, val.bin and meta.pkl for TEXT."""
     folder.mkdir(parents=True)
     ids = np.array([chars.index(c) for c in TEXT] if ids is None else ids, dtype="<u2")
@@ -51,7 +52,7 @@ def write_dataset(folder, chars=CHARS, ids=None):
     if chars:
         with open(folder / "meta.pkl", "wb") as f:
             pickle.dump({"vocab_size": len(chars), "itos": dict(enumerate(chars)),
-                         "stoi": {c: i for i, c in enumerate(chars)}}, f)
+                         "stoi": {c: i for i, c in enumerate(chars)}}, f, protocol)
 
 
 @pytest.mark.parametrize("bias, prefix, mask", [(False, "", False), (True, "_orig_mod.", True)])
@@ -122,7 +123,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("content, words", [
-    (pickle.dumps({"itos": Hostile()}), "system, which could be code"), (b"", "meta.pkl"), (b"\x80\x04K", "meta.pkl"),
+    (pickle.dumps({"itos": Hostile()}), "could be code"), (b"", "meta.pkl"), (b"\x80\x04K", "meta.pkl"),
     (pickle.dumps([1]), "meta.pkl"), (pickle.dumps({"itos": {0: "ab", 1: "b"}}), "meta.pkl"),
     (b"\x80\x02r\xff\xff\xff\x7f.", "meta.pkl")], ids=range(6))
 def test_a_bad_pickle_is_one_line(project, content, words):
@@ -130,6 +131,32 @@ def test_a_bad_pickle_is_one_line(project, content, words):
     (project.folder / "theirs" / "meta.pkl").write_bytes(content)
     assert words in project.fails("prepare.py", "--dataset=mine", "--input=theirs")
     assert not (project.folder / "hacked").exists() and not (project.folder / "data" / "mine").exists()
+
+
+def nested(depth):
+    """A tuple of few objects whose hash takes 2^depth steps."""
+    value = ()
+    for _ in range(depth):
+        value = value, value
+    return value
+
+
+@pytest.mark.parametrize("content, words", [
+    (pickle.dumps(bytearray(9), 5), "BYTEARRAY8"), (pickle.dumps({nested(15): 1}), "EMPTY_TUPLE"),
+    (pickle.dumps(10 ** 1000), "LONG4"), (pickle.dumps({-(2 ** 31): 0}), "BININT"), (b"r\0\0\0\x01.", "LONG_BINPUT"),
+    (b"\x80\x04\x95" + bytes(6) + b"\1\0}.", "FRAME"), (b"}" * (1 << 23), "more than 4 MB")], ids=range(7))
+def test_a_pickle_does_not_take_the_memory(tmp_path, content, words):
+    """Longer ones of the first five kinds take all memory, or do not end; so does the last, if it is long."""
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read_nanogpt_characters(tmp_path / "meta.pkl")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_any_protocol_of_a_pickle(tmp_path, protocol):
+    chars = "".join(map(chr, range(32, 700)))
+    write_dataset(tmp_path / "theirs", chars=chars, ids=range(600), protocol=protocol)
+    assert read_nanogpt_characters(tmp_path / "theirs" / "meta.pkl").chars == chars
 
 
 def test_ids_outside_the_vocabulary_are_found(project):
