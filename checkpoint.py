@@ -86,15 +86,8 @@ TO_RESUME = TO_SAMPLE | {"config": dict, "optimizer": dict, "iter_num": int, "ba
 def load_checkpoint(path, needed=()):
     """Path -> the dict, on the CPU, in today's format. needed: the entries that must be there, {name: type}. UserError
     if the file is not such a checkpoint or is damaged, OSError if it cannot be opened."""
-    with open(path, "rb") as f:
-        try:
-            good = is_plain_archive(f)
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True) if good else None
-        except MemoryError:
-            raise UserError(f"{path} needs more memory than there is") from None
-        except Exception:  # both raise many kinds of exceptions for a file that is cut short, unsafe or something else
-            good = False
-    if not good or not is_sound(checkpoint):
+    checkpoint = read_archive(path)
+    if checkpoint is None:
         raise UserError(f"{path} is damaged or not a checkpoint; {other_checkpoint(Path(path))}")
     if isinstance(checkpoint, dict) and "format_version" not in checkpoint and "model_args" in checkpoint:
         try:
@@ -120,8 +113,17 @@ def load_checkpoint(path, needed=()):
     return checkpoint
 
 
-# What a pickle of tensors and plain values calls, besides "torch FloatStorage" and the like.
-PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
+def read_archive(path):
+    """A file that torch.save wrote -> the same tree of tensors and plain values, on the CPU. None if it is damaged, or
+    something that could harm this machine. OSError if it cannot be opened."""
+    with open(path, "rb") as f:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True) if is_plain_archive(f) else None
+        except MemoryError:
+            raise UserError(f"{path} needs more memory than there is") from None
+        except Exception:  # both raise many kinds of exceptions for a file that is cut short, unsafe or something else
+            return None
+    return found if is_sound(found) else None
 
 
 def is_plain_archive(f):
@@ -130,16 +132,40 @@ def is_plain_archive(f):
     if f.read(4) != b"PK\3\4":  # torch.load would take it for an older format
         return False
     with zipfile.ZipFile(f) as archive:
-        for entry in archive.infolist():  # torch.load finds a record whatever the case of its letters
-            name = entry.filename.partition("/")[2].lower()
-            if entry.compress_type or (name.startswith("data/") and not name[5:].isdigit()):
-                return False
-        pickled = next(entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
-        for opcode, argument, _ in pickletools.genops(archive.read(pickled)):
-            known = opcode.name != "GLOBAL" or argument in PICKLED or re.fullmatch(r"torch \w+Storage", argument)
-            if not known or opcode.name in ("STACK_GLOBAL", "BYTEARRAY8"):
-                return False
-        return not archive.testzip()
+        entries = archive.infolist()
+        names = {entry.filename.partition("/")[2].lower() for entry in entries}  # torch.load ignores case
+        pickled = next(entry for entry in entries if entry.filename.endswith("/data.pkl"))
+        return (not any(entry.compress_type for entry in entries)
+                and len(names) == len(entries)  # else torch.load might read another data.pkl
+                and sum(entry.file_size for entry in entries) < os.fstat(f.fileno()).st_size  # else they overlap
+                and all(name[5:].isdigit() for name in names if name.startswith("data/"))
+                and pickled.file_size <= 1 << 24 and is_plain_pickle(archive.read(pickled)) and not archive.testzip())
+
+
+# What a pickle of tensors and plain values is made of, and what it calls besides "torch FloatStorage" and the like.
+OPCODES = {"APPEND", "APPENDS", "BINFLOAT", "BINGET", "BININT", "BININT1", "BININT2", "BINPERSID", "BINPUT",
+           "BINUNICODE", "BUILD", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "GLOBAL", "LONG1", "LONG_BINGET",
+           "LONG_BINPUT", "MARK", "NEWFALSE", "NEWTRUE", "NONE", "PROTO", "REDUCE", "SETITEM", "SETITEMS", "STOP",
+           "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+CALLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
+
+
+def is_plain_pickle(data):
+    """Whether a pickle holds nothing but tensors and plain values. It may refer to a tuple more than once, but only 20
+    times: to look up a tuple of tuples in a dict takes twice as long for each time."""
+    tuples, references, before = set(), 0, None
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name not in OPCODES or (name == "LONG1" and argument.bit_length() > 64) or (
+                name == "GLOBAL" and argument not in CALLED and not re.fullmatch(r"torch \w+Storage", argument)):
+            return False
+        if name in ("BINPUT", "LONG_BINPUT"):  # gives a number to the value that the opcode before has made
+            other = before in ("BINUNICODE", "EMPTY_DICT", "EMPTY_LIST", "GLOBAL", "REDUCE")
+            (tuples.discard if other else tuples.add)(argument)
+            continue
+        before = name
+        references += name in ("BINGET", "LONG_BINGET") and argument in tuples
+    return references <= 20
 
 
 def is_sound(checkpoint):
@@ -149,6 +175,8 @@ def is_sound(checkpoint):
     while left:
         value, depth = left.pop()
         count += 1
+        if getattr(value, "__dict__", {}).keys() - {"_metadata"}:  # an attribute could take the place of a method
+            return False
         if isinstance(value, (dict, list, tuple)):
             left += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
         elif isinstance(value, torch.Tensor):
@@ -213,7 +241,7 @@ def load_weights(model, state, path):
     """Puts a state dict into the model. UserError if it does not fit."""
     check_fit(model, state, path)
     check_finite(state, f"{path}: the tensor ")
-    model.load_state_dict(state)
+    model.load_state_dict(dict(state))  # without attributes, which a state dict may have
 
 
 def check_fit(model, state, path):
@@ -599,15 +627,19 @@ def read_tensors(folder, name):
     for file in files:
         try:
             if file.suffix == ".bin":
-                found = torch.load(file, map_location="cpu", weights_only=True)
-                if not is_sound(found) or not all(isinstance(t, torch.Tensor) for t in found.values()):
-                    raise ValueError("it does not hold ordinary tensors")
+                found = read_archive(file)
+                if not isinstance(found, dict) or not all(
+                        isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in found.items()):
+                    raise UserError(f"{file} is damaged, or is older than PyTorch 1.6; if you trust it, load it with "
+                                    "torch.load and save it as model.safetensors with safetensors.torch.save_file")
                 tensors |= found
             else:
                 from safetensors.torch import load_file
                 tensors |= load_file(file)
         except ImportError:
             raise UserError(f"reading {file} needs: pip install safetensors") from None
+        except UserError:
+            raise
         except Exception as e:  # both libraries raise many kinds of exceptions for a file that is damaged
             raise UserError(f"{file} cannot be read ({first_line(e)}); fetch it again") from None
     return tensors

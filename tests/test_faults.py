@@ -1,7 +1,9 @@
 """Faults around a run: another run beside it, output that goes away, damaged files, another dataset. Nothing is lost in
 silence, and each message is one line."""
+import collections
 import csv
 import gzip
+import io
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ import torch
 from checkpoint import load_checkpoint, load_model, load_pretrained
 from conftest import ROOT, TEXT, TINY, Project
 from files import UserError, finish_publishing, open_dataset, read_log
+from test_nanogpt import nested
 from test_prepare import small_pieces
 from test_train import rows, same_run, same_state, step_of_log
 from tokenizer import CharTokenizer, load_tokenizer
@@ -237,6 +240,12 @@ def itself():
     return value
 
 
+def attributes(name, value):
+    ordered = collections.OrderedDict()
+    setattr(ordered, name, value)
+    return ordered
+
+
 def huge_tensor():
     return torch.zeros(1).expand(10 ** 12)  # it holds one number
 
@@ -244,7 +253,8 @@ def huge_tensor():
 @pytest.mark.parametrize("place, value", [
     (("config", "n_layer"), laughs), (("tokenizer", "chars"), itself), (("optimizer",), laughs), (("extra",), itself),
     (("model", "wte.weight"), huge_tensor), (("extra",), huge_tensor), (("iter_num",), lambda: 10 ** 10_000),
-    (("extra",), lambda: torch.zeros(10 ** 6, 10 ** 6, device="meta")),
+    (("extra",), lambda: torch.zeros(10 ** 6, 10 ** 6, device="meta")), (("extra",), lambda: {nested(22): 1}),
+    (("extra",), lambda: {10 ** 30: 1}), (("optimizer",), lambda: attributes("values", 3)),
     (("model", "wte.weight"), lambda: torch.zeros(1, 1).to_sparse()),
     (("model_config", "n_layer"), lambda: 10 ** 9), (("model_config", "n_embd"), lambda: 2 * 10 ** 6),
     (("model_config", "block_size"), lambda: 10 ** 12)])
@@ -257,6 +267,15 @@ def test_a_few_bytes_do_not_take_the_memory(trained, tmp_path, place, value):
     assert (tmp_path / "best.pt").stat().st_size < 10 ** 6
     with pytest.raises(UserError):
         load_model(tmp_path)
+
+
+def test_what_a_state_dict_may_have(trained, tmp_path):
+    checkpoint, betas = load_checkpoint(trained.folder / "out" / "best.pt"), (0.9, 0.99)
+    checkpoint["model"] = collections.OrderedDict(checkpoint["model"])
+    checkpoint["model"]._metadata = 3
+    checkpoint["optimizer"] = {"param_groups": [{"betas": betas} for _ in range(15)]}
+    torch.save(checkpoint, tmp_path / "best.pt")
+    assert load_model(tmp_path)[2]["optimizer"]["param_groups"][14] == {"betas": betas}
 
 
 def test_a_checkpoint_names_no_program(trained):
@@ -300,6 +319,34 @@ def test_a_pickle_that_asks_for_memory_is_refused(trained, tmp_path):
     assert "model" in torch.load(path, weights_only=True)
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
         load_model(path)
+
+
+def add_overlapping(archive):
+    """Adds a record, and a second one that is a part of the first."""
+    with zipfile.ZipFile(io.BytesIO(), "w") as other:
+        other.writestr("best/data/99", bytes(10 ** 6))
+        inner, = other.infolist()
+        other.fp.seek(0)
+        archive.writestr("best/data/98", other.fp.read())
+    inner.header_offset = archive.infolist()[-1].header_offset + len(archive.infolist()[-1].FileHeader())
+    archive.filelist.append(inner)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("change", [
+    lambda archive: archive.writestr("best/DATA.PKL", b"\x80\x02N."), add_overlapping,
+    lambda archive: archive.writestr("best/data.pkl", b"\x80\x02N."),
+    lambda archive: archive.writestr("other/data.pkl", b"\x80\x02N."),
+    lambda archive: archive.writestr("best/data/a", b"")], ids=range(5))
+def test_an_archive_that_can_be_read_in_two_ways_is_refused(trained, tmp_path, change):
+    """What was checked may not be what is loaded, or may be loaded many times."""
+    torch.save(load_checkpoint(trained.folder / "out" / "best.pt"), tmp_path / "best.pt")
+    with zipfile.ZipFile(tmp_path / "best.pt", "a") as archive:
+        change(archive)
+    with zipfile.ZipFile(tmp_path / "best.pt") as archive:
+        assert not archive.testzip()
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+        load_model(tmp_path)
 
 
 def test_a_compressed_checkpoint_is_refused(tmp_path):

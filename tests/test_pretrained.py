@@ -1,6 +1,7 @@
 """GPT-2 weights in and out, against transformers' GPT2LMHeadModel with random weights."""
 import json
 import shlex
+import zipfile
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from checkpoint import load_model, load_pretrained, save_pretrained
+from files import UserError
 from model import GPT, GPTConfig
 from test_train import same_run
 from tokenizer import BPETokenizer, CharTokenizer
@@ -84,6 +86,24 @@ def test_sharded_and_bin(tmp_path):
     torch.save(hf.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
     for folder in ("sharded", "bin"):
         agree(load_pretrained(tmp_path / folder)[0], hf, torch.float32)
+
+
+@pytest.mark.parametrize("content", [[1], {3: torch.zeros(2)}, {"a": 1}, bytearray(9), "legacy", "compressed"])
+def test_a_bin_that_is_not_of_tensors(tmp_path, content):
+    """It gets the checks of a checkpoint of ours, which tests/test_faults.py tests."""
+    theirs().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(theirs().state_dict() if isinstance(content, str) else content, path,
+               _use_new_zipfile_serialization=content != "legacy")
+    if content == "compressed":
+        with zipfile.ZipFile(path) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in records.items():
+                archive.writestr(name, data)
+    with pytest.raises(UserError, match="older than PyTorch 1.6; if you trust it, .* save it as model.safetensors"):
+        load_pretrained(tmp_path)
 
 
 def test_names_without_prefix_and_old_masks(tmp_path):
