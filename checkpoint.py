@@ -151,12 +151,12 @@ CALLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._
 
 
 def is_plain_pickle(data):
-    """Whether a pickle holds nothing but tensors and plain values. It may refer to a tuple more than once, but only 20
-    times: to look up a tuple of tuples in a dict takes twice as long for each time."""
+    """Whether a pickle holds nothing but tensors and plain values, and not too many. It may refer to a tuple more than
+    once, but only 20 times: to look up a tuple of tuples in a dict takes twice as long for each time."""
     tuples, references, before = set(), 0, None
-    for opcode, argument, _ in pickletools.genops(data):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         name = opcode.name
-        if name not in OPCODES or (name == "LONG1" and argument.bit_length() > 64) or (
+        if count > 3_000_000 or name not in OPCODES or (name == "LONG1" and argument.bit_length() > 64) or (
                 name == "GLOBAL" and argument not in CALLED and not re.fullmatch(r"torch \w+Storage", argument)):
             return False
         if name in ("BINPUT", "LONG_BINPUT"):  # gives a number to the value that the opcode before has made

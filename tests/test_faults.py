@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, load_model, load_pretrained
+from checkpoint import is_plain_pickle, load_checkpoint, load_model, load_pretrained
 from conftest import ROOT, TEXT, TINY, Project
 from files import UserError, finish_publishing, open_dataset, read_log
 from test_nanogpt import nested
@@ -267,6 +267,10 @@ def test_a_few_bytes_do_not_take_the_memory(trained, tmp_path, place, value):
     assert (tmp_path / "best.pt").stat().st_size < 10 ** 6
     with pytest.raises(UserError):
         load_model(tmp_path)
+
+
+def test_a_pickle_of_too_many_values_is_refused():
+    assert is_plain_pickle(b"]" * 1_000_000 + b".") and not is_plain_pickle(b"]" * 3_000_001 + b".")
 
 
 def test_what_a_state_dict_may_have(trained, tmp_path):
