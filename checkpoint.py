@@ -156,7 +156,7 @@ def is_plain_pickle(data):
     tuples, references, before = set(), 0, None
     for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         name = opcode.name
-        if count > 3_000_000 or name not in OPCODES or (name == "LONG1" and argument.bit_length() > 64) or (
+        if count > 2_000_000 or name not in OPCODES or (name == "LONG1" and argument.bit_length() > 64) or (
                 name == "GLOBAL" and argument not in CALLED and not re.fullmatch(r"torch \w+Storage", argument)):
             return False
         if name in ("BINPUT", "LONG_BINPUT"):  # gives a number to the value that the opcode before has made
@@ -244,9 +244,18 @@ def load_weights(model, state, path):
     model.load_state_dict(dict(state))  # without attributes, which a state dict may have
 
 
+def check_types(state, path):
+    """UserError if a tensor's numbers cannot be weights: integers, complex numbers or those of 8 bits."""
+    for name, t in state.items():
+        if isinstance(t, torch.Tensor) and t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise UserError(f"{path}: the tensor {name} is of {t.dtype}; weights are of float16, bfloat16, float32 or "
+                            "float64")
+
+
 def check_fit(model, state, path):
     """UserError if a state dict does not have the model's tensors, in their shapes."""
     own = model.state_dict()
+    check_types(state, path)
     for name in [*own, *state]:
         if name not in own or not isinstance(state.get(name), torch.Tensor) or own[name].shape != state[name].shape:
             raise UserError(f"{path} does not fit model.py: the tensor {name} is " + (
@@ -262,6 +271,7 @@ def check_averages(model, averages, path):
     """UserError if these are not averages that an optimizer keeps of the model's parameters, each in its shape."""
     own = model.state_dict()
     for name, kept in averages.items() if isinstance(averages, dict) else [("its parameters", None)]:
+        check_types(kept if isinstance(kept, dict) else {}, f"{path}: the optimizer's averages of {name}")
         if name not in own or not isinstance(kept, dict) or kept.keys() not in AVERAGES.values() or any(
                 not isinstance(t, torch.Tensor) or t.shape != (() if k == "step" else own[name].shape)
                 for k, t in kept.items()):
@@ -328,8 +338,9 @@ def check_probe(model, checkpoint, path):
     if not isinstance(then, torch.Tensor) or os.environ.get("GPT_CHANGED_MODEL") == "1":
         return
     now = probe(model)
-    difference = (now - then).abs().max().item() if now.shape == then.shape else math.inf
-    if not difference <= 3e-5 * max(1.0, then.abs().max().item()):
+    same_kind = (now.shape, now.dtype) == (then.shape, then.dtype)
+    difference = (now - then).abs().max().item() if same_kind else math.inf
+    if not difference <= 3e-5 * max(1.0, now.abs().max().item()):
         raise UserError(f"{path}: model.py computes something else than when this was saved (logits differ by up to "
                         f"{difference:.2g}); restore model.py, or go on with GPT_CHANGED_MODEL=1 in the environment")
 
@@ -563,9 +574,10 @@ def load_pretrained(name_or_folder, block_size=None, dropout=0.0):
     tensors = read_tensors(folder, name_or_folder)
     tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()
                if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # the causal mask, which older files carry
+    check_types(tensors, name_or_folder)
     if "lm_head.weight" not in tensors:
         tensors["lm_head.weight"] = tensors.get("wte.weight")
-    elif not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
+    elif "wte.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
         raise UserError(f"{name_or_folder} has a head that is not tied to wte, which this model does not support")
     if block_size is not None:
         config, tensors = cropped(config, tensors, block_size, name_or_folder)

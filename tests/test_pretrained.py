@@ -129,6 +129,24 @@ def test_what_does_not_fit_is_named(tmp_path, change, words):
         load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.bool, torch.int64])
+def test_a_type_that_is_not_of_weights_is_named(tmp_path, dtype):
+    theirs().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"transformer.ln_f.bias": tensors["transformer.ln_f.bias"].to(dtype)},
+              tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"ln_f.bias is of {dtype}"):
+        load_pretrained(tmp_path)
+
+
+def test_a_head_without_the_embedding_is_named(tmp_path):
+    theirs().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({"lm_head.weight": tensors.pop("transformer.wte.weight"), **tensors}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="wte.weight is missing"):
+        load_pretrained(tmp_path)
+
+
 def test_an_untied_head_is_named(tmp_path):
     hf = theirs()
     hf.save_pretrained(tmp_path)
