@@ -21,7 +21,9 @@ from files import UserError
 
 PIECE = 1 << 20    # roughly this many bytes or characters are read at a time
 RECORD = 1 << 25   # the longest JSON record; a few bytes in a compressed file may stand for one of any length
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+DICTIONARY = 1 << 29  # bytes that reading an .xz file may take; `xz -9` makes files that need 65 MB
+
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lambda raw: io.BufferedReader(XzFile(raw), PIECE)}
 OPENWEBTEXT = Path("Skylion007/openwebtext")  # its name on Hugging Face, used instead of a file's path
 OPENWEBTEXT_DOCUMENTS = 8_013_769             # used instead of a file's size
 
@@ -29,6 +31,30 @@ OPENWEBTEXT_DOCUMENTS = 8_013_769             # used instead of a file's size
 def kind_of(path):
     """The ending that says what a file holds, such as .jsonl for a.jsonl and a.jsonl.gz."""
     return next((s for s in reversed([s.lower() for s in path.suffixes]) if s not in COMPRESSED), "")
+
+class XzFile(io.RawIOBase):
+    """The text of an open .xz file, as a stream. Python's lzma.open has no limit, and a file may ask for 4 GB."""
+
+    def __init__(self, raw):
+        self.raw, self.decompressor = raw, lzma.LZMADecompressor(memlimit=DICTIONARY)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        text = b""
+        while not text:
+            data = self.raw.read(PIECE) if self.decompressor.needs_input else b""
+            if self.decompressor.eof:  # another stream may follow, after zeros
+                data = self.decompressor.unused_data.lstrip(b"\0") or self.raw.read(PIECE).lstrip(b"\0")
+                if not data:
+                    return 0
+                self.decompressor = lzma.LZMADecompressor(memlimit=DICTIONARY)
+            elif not data and self.decompressor.needs_input:
+                raise EOFError("it ends too early")
+            text = self.decompressor.decompress(data, len(buffer))
+        buffer[:len(text)] = text
+        return len(text)
 
 
 @contextlib.contextmanager
@@ -42,7 +68,8 @@ def opened(path):
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as e:
         if isinstance(e, OSError) and e.errno is not None:
             raise
-        raise UserError(f"{path} is damaged or not a {path.suffix} file ({e})") from None
+        raise UserError(f"{path} is damaged or not a {path.suffix} file ({e}); decompress it first, if you can"
+                        ) from None
 
 
 def size_of(path):

@@ -5,11 +5,14 @@ import gzip
 import json
 import lzma
 import subprocess
+import zlib
 
 import numpy as np
 import pytest
 
 from conftest import TEXT
+from files import UserError
+from readers import opened
 from test_prepare import ids_of, read, small_pieces
 from tokenizer import BPETokenizer, load_tokenizer
 
@@ -40,6 +43,28 @@ def test_compressed_text(project, name, compress):
     (project.folder / name).write_bytes(b"plain text")
     assert f"{name} is damaged" in project.fails("prepare.py", "--dataset=new", f"--input={name}")
     assert not (project.folder / "data" / "new").exists()
+
+
+def test_xz_that_asks_for_memory(tmp_path):
+    """The size of its dictionary, which comes first, says how much memory xz takes."""
+    path, text = tmp_path / "a.xz", b"some text\n" * 9
+    several = lzma.compress(text, preset=9) + bytes(8) + lzma.compress(b"") + lzma.compress(text)
+    for content in (several, several + bytes(4), lzma.compress(text * 2, lzma.FORMAT_ALONE)):
+        path.write_bytes(content)
+        with opened(path) as (f, _):
+            assert f.read() == text * 2
+    for content in (several[:-30], several + b"more"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is damaged"), opened(path) as (f, _):
+            f.read()
+    huge = lzma.compress(text, filters=[{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 20}])
+    head = bytearray(huge[12:24])
+    assert head[3:5] == b"\1\x10"
+    head[4] = 40  # 4 GB
+    head[-4:] = zlib.crc32(head[:-4]).to_bytes(4, "little")
+    path.write_bytes(lzma.compress(text) + huge[:12] + head + huge[24:])
+    with pytest.raises(UserError, match="limit exceeded.; decompress it first"), opened(path) as (f, _):
+        f.read()
 
 
 RECORDS = [{"text": text} for text in TWO]
