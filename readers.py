@@ -19,10 +19,10 @@ from pathlib import Path
 
 from files import UserError
 
-PIECE = 1 << 20    # roughly this many bytes or characters are read at a time
-RECORD = 1 << 25   # the longest JSON record; a few bytes in a compressed file may stand for one of any length
+PIECE = 1 << 20       # roughly this many bytes or characters are read at a time
+RECORD = 1 << 25      # the longest JSON record; a few bytes in a compressed file may stand for one of any length
 DICTIONARY = 1 << 29  # bytes that reading an .xz file may take; `xz -9` makes files that need 65 MB
-
+BRACKETS = 2_000_000  # the most of a JSON record: three bytes of it may become 64 in memory
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lambda raw: io.BufferedReader(XzFile(raw), PIECE)}
 OPENWEBTEXT = Path("Skylion007/openwebtext")  # its name on Hugging Face, used instead of a file's path
 OPENWEBTEXT_DOCUMENTS = 8_013_769             # used instead of a file's size
@@ -31,6 +31,7 @@ OPENWEBTEXT_DOCUMENTS = 8_013_769             # used instead of a file's size
 def kind_of(path):
     """The ending that says what a file holds, such as .jsonl for a.jsonl and a.jsonl.gz."""
     return next((s for s in reversed([s.lower() for s in path.suffixes]) if s not in COMPRESSED), "")
+
 
 class XzFile(io.RawIOBase):
     """The text of an open .xz file, as a stream. Python's lzma.open has no limit, and a file may ask for 4 GB."""
@@ -124,6 +125,13 @@ def read_json_lines(path):
                 yield number, line, position()
 
 
+def parsed(record):
+    """A JSON record in bytes -> the value. ValueError if it is damaged, or has so many objects that it takes memory."""
+    if record.count(b"[") + record.count(b"{") > BRACKETS:
+        raise ValueError(f"it has more than {BRACKETS:,} brackets")
+    return json.loads(record.rstrip().decode("utf-8-sig"))
+
+
 def read_json_file(path):
     """Yields (number, line or record, bytes read so far) of a .json file, which is an array of records, a single record
     or, as in a .jsonl file, a record on each line. UserError if it is none of these."""
@@ -135,7 +143,7 @@ def read_json_file(path):
     lines = read_json_lines(path)
     head = list(itertools.islice(lines, 2))
     try:
-        json.loads(head[0][1].decode("utf-8-sig"))
+        parsed(head[0][1])
         yield from itertools.chain(head, lines)
         return
     except (IndexError, ValueError, RecursionError):
@@ -145,7 +153,7 @@ def read_json_file(path):
         if len(record) > RECORD:
             raise UserError(f"{path} has more than {RECORD >> 20} MB, but it is no array, and no record a line")
         try:
-            yield 1, json.loads(record.decode("utf-8-sig")), position()
+            yield 1, parsed(record), position()
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is not JSON: {e}") from None
 
@@ -180,10 +188,11 @@ def read_json_array(path):
                 return
             if chunk == b"":
                 raise UserError(f"{path} is not JSON: {why}")
-            if len(text) - at > RECORD:
-                raise UserError(f"{path}: record {number + 1} is not JSON, or has more than {RECORD >> 20} MB")
             text, at = text[at:], 0
-            chunk = f.read(max(PIECE, len(text)))
+            if len(text) > RECORD or text.count("[") + text.count("{") > BRACKETS:
+                raise UserError(f"{path}: record {number + 1} is not JSON, or has more than {RECORD >> 20} MB or "
+                                f"{BRACKETS:,} brackets")
+            chunk = f.read(min(max(PIECE, len(text)), RECORD // 4))
             try:
                 text += decode(chunk, final=not chunk)
             except UnicodeDecodeError as e:
@@ -233,7 +242,7 @@ def read_openwebtext():
 def text_of(record, text_key, notes):
     """A record (a string, or an object with the key text_key) -> its text. ValueError if it has none."""
     if isinstance(record, bytes):
-        record = json.loads(record.rstrip().decode("utf-8-sig"))
+        record = parsed(record)
     if isinstance(record, dict):
         if text_key not in record:
             raise ValueError(f"no key {text_key!r} (--text_key) among {str(list(record)):.80}")
