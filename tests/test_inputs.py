@@ -1,6 +1,7 @@
 """What prepare.py makes of files that are not plain UTF-8 text with \n at the end of each line."""
 import base64
 import bz2
+import collections
 import gzip
 import json
 import lzma
@@ -8,11 +9,13 @@ import subprocess
 import zlib
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from conftest import TEXT
 from files import UserError
-from readers import opened
+from readers import opened, read_documents
 from test_prepare import ids_of, read, small_pieces
 from tokenizer import BPETokenizer, load_tokenizer
 
@@ -65,6 +68,18 @@ def test_xz_that_asks_for_memory(tmp_path):
     path.write_bytes(lzma.compress(text) + huge[:12] + head + huge[24:])
     with pytest.raises(UserError, match="limit exceeded.; decompress it first"), opened(path) as (f, _):
         f.read()
+
+
+@pytest.mark.parametrize("kind", ["ms", "us", "ns"])
+def test_parquet_with_times(tmp_path, kind):
+    """Such as Python cannot hold: after the year 9999, or of nanoseconds."""
+    times = pyarrow.array([0, 2 ** 62 + 1], pyarrow.timestamp(kind))
+    pyarrow.parquet.write_table(pyarrow.table({"when": times, "text": TWO}), tmp_path / "a.parquet")
+    for key, expected, bad_records in (("text", TWO, 0), ("when", [], 2)):
+        bad = []
+        found = read_documents(tmp_path / "a.parquet", key, bad, collections.Counter())
+        assert [text for document in found for text, _ in document] == expected
+        assert len(bad) == bad_records and all("is not a string but" in why for why in bad)
 
 
 RECORDS = [{"text": text} for text in TWO]
