@@ -56,7 +56,7 @@ import filelock
 import numpy as np
 
 from readers import OPENWEBTEXT, PIECE, kind_of, opened, read_documents, size_of
-from tokenizer import BPETokenizer, CharTokenizer, read_nanogpt_characters
+from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, read_nanogpt_characters
 
 BATCH = 16 << 20   # the progress is saved after roughly this many characters
 RUN = 20_000       # characters at the end of a text without white space, in which to look for a place to cut it
@@ -317,7 +317,7 @@ def encode(name, tok, files, progress, dtype, sha256, bad, notes):
             own["sha256"] = sha256.hexdigest()
             out.flush()
             os.fsync(out.fileno())
-            write_atomically(PARTIAL / "progress.json", json.dumps(progress).encode())
+            write_atomically(PARTIAL / "progress.json", json.dumps(progress | {"digest": digest(progress)}).encode())
             show_progress("tokens", done, total, started, new_tokens)
 
 
@@ -375,26 +375,24 @@ def tidy():
         FOLDER.rmdir()
 
 
+def digest(progress):
+    """What shows that nobody has changed a number in progress.json."""
+    return hashlib.sha256(json.dumps(progress).encode()).hexdigest()
+
+
 def read_progress(job):
     """-> (progress, tokenizer, meta) of an interrupted run of the same job. progress is None if there is nothing to
     continue from; meta is None if the run had not written .partial/meta.json yet."""
-    tok = meta = None
+    meta = None
     try:
-        progress = read_json(PARTIAL / "progress.json", {
-            "job": (dict, None), "tokenizer": (dict, None), "tokens.bin": (dict, None), "val.bin": (dict, None)})
-        state = progress["tokenizer"]
-        if not all(type(progress[name].get(key)) is int and progress[name][key] >= 0
-                   for name in ("tokens.bin", "val.bin") for key in ("pieces", "tokens")):
+        progress = read_json(PARTIAL / "progress.json", {"digest": (str, None)})
+        if progress.pop("digest") != digest(progress) or progress["job"] != job:
             return None, None, None
-        if progress["job"] != job or state.get("kind") != job["kind"]:
-            return None, None, None
-        if state["kind"] == "char":
-            tok = CharTokenizer(state.get("chars"))
         if (PARTIAL / "meta.json").exists():
             meta = read_json(PARTIAL / "meta.json", META | {"source": (str, None)})
     except (OSError, UserError):  # damaged
         return None, None, None
-    tok = tok or BPETokenizer()
+    tok = load_tokenizer(progress["tokenizer"])
     for name in ("tokens.bin", "val.bin"):
         size = progress[name]["tokens"] * dtype_for(tok).itemsize
         if not meta and size and not ((PARTIAL / name).is_file() and (PARTIAL / name).stat().st_size >= size):
@@ -466,6 +464,8 @@ def prepare_text():
     if progress:
         print(f"continuing {PARTIAL} after {progress['tokens.bin']['tokens']:,} tokens", flush=True)
     else:
+        if (PARTIAL / "progress.json").exists():
+            print(f"{PARTIAL} is damaged, or of another text or other settings: starting over", flush=True)
         finish_publishing(FOLDER)  # what an earlier run left
         shutil.rmtree(PARTIAL, ignore_errors=True)
         PARTIAL.mkdir(parents=True)
