@@ -712,7 +712,8 @@ def save_pretrained(model, tokenizer, folder, card=""):
             "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
                               "invert": False},
             "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}, "decoder": {"type": "Fuse"}}).encode()
-    files |= {"tokenizer_config.json": json.dumps(settings).encode(), "README.md": card.encode()}
+    files |= {"tokenizer_config.json": json.dumps(settings).encode(),
+              "README.md": card.encode(errors="backslashreplace")}  # a file's name may hold bytes that are not UTF-8
     folder = Path(folder).resolve()
     if not folder.name:
         raise UserError(f"{folder} cannot be the folder of an export; name a new one")

@@ -173,6 +173,8 @@ def _as_kind(value, kind, optional, from_text=False):
         return float(value)
     if type(value) is not kind or (kind is int and not -2 ** 63 <= value < 2 ** 63) or (kind is str and "\0" in value):
         raise ValueError
+    if kind is str:
+        value.encode("utf-8", "surrogateescape")  # ValueError for half a character, which no file's name can hold
     return value
 
 

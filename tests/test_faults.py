@@ -540,6 +540,7 @@ def test_a_text_that_changed_before_the_work_continues(project):
 
 @pytest.mark.parametrize("change, words", [
     (dict(vocab_size=30), "does not fit the tokenizer"), (dict(tokenizer={}), "does not fit the tokenizer"),
+    (dict(tokenizer={"kind": "char", "chars": "\ud800"}, vocab_size=1), "does not fit the tokenizer"),
     (dict(tokenizer={"kind": "gpt2"}), "does not fit the tokenizer"), (dict(dtype="int16"), "dtype should be"),
     (dict(vocab_size=5, tokenizer={"kind": "char", "chars": "abcde"}), "has the id 28, but the vocabulary has only 5"),
     (dict(train_tokens=10), "does not have the 20 bytes"), (dict(val_tokens="9"), "val_tokens should be int")])

@@ -170,6 +170,12 @@ def test_what_cannot_be_had_is_named(tmp_path):
         load_pretrained(tmp_path)
 
 
+def test_a_card_with_a_name_that_is_not_utf8(tmp_path):
+    model = GPT(GPTConfig(block_size=8, vocab_size=2, n_layer=1, n_head=1, n_embd=8))
+    save_pretrained(model, CharTokenizer("ab"), tmp_path / "out", "from b\udcff.txt")
+    assert (tmp_path / "out" / "README.md").read_text() == "from b\\udcff.txt"
+
+
 def test_a_character_model_is_exported_with_its_tokenizer(trained):
     trained.run("train.py", "--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=256",
                 "--max_iters=40", "--out_dir=long")
