@@ -28,6 +28,7 @@ import shlex
 import shutil
 import sys
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import filelock
@@ -35,7 +36,7 @@ import torch
 import torch.nn.functional as F
 
 from distributed import gathered, is_main_process, print_once, shard_like
-from files import LOG_COLUMNS, UserError, read_json, read_log, write_atomically
+from files import LOG_COLUMNS, UserError, at_least, check_fields, read_json, read_log, write_atomically
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, fetch_vocabulary, load_tokenizer, read_nanogpt_characters
 
@@ -77,14 +78,35 @@ def check_finite(value, name, advice=""):
             check_finite(item, name, advice)
 
 
-TO_SAMPLE = {"model": dict, "model_config": dict, "tokenizer": dict}
-TO_RESUME = TO_SAMPLE | {"config": dict, "optimizer": dict, "iter_num": int, "bad_evals": int, "seconds": float,
-                         "scaler": dict, "best_val_loss": (float, type(None)), "text": (dict, type(None)),
-                         "wandb_id": (str, type(None))}
+def plain(value):
+    """A check as for read_json: the items of a dict must be numbers, strings or None."""
+    kinds = int, float, str, bool, type(None)
+    return None if all(type(item) in kinds for item in value.values()) else "numbers and strings"
+
+
+def numbers(*names):
+    """A check as for read_json: what a dict holds under these names must be finite numbers of at least 0, or None."""
+    def check(value):
+        found = [n for name in names if (n := value.get(name)) is not None]
+        good = all(type(n) in (int, float) and 0 <= n < math.inf for n in found)
+        return plain(value) or (None if good else f"a dict with numbers of at least 0 as {', '.join(names)}")
+    return check
+
+
+# What a checkpoint holds: {name: (its types, a check of it)}, as for read_json. Any of it may be missing or None, but
+# not what is needed to sample or to resume.
+FIELDS = {"model": ((dict, OrderedDict), None), "model_config": (dict, plain), "tokenizer": (dict, plain),
+          "config": (dict, plain), "optimizer": (dict, None), "text": (dict, numbers("val_tokens", "val_bytes")),
+          "scaler": (dict, numbers("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")),
+          "iter_num": (int, at_least(0)), "bad_evals": (int, at_least(0)), "tokens": (int, at_least(0)),
+          "best_val_loss": (float, at_least(0)), "wandb_id": (str, None),
+          "seconds": (float, lambda s: None if 0 <= s <= 1e9 else "from 0 to 1e9")}  # more would not count single steps
+TO_SAMPLE = "model", "model_config", "tokenizer"
+TO_RESUME = *TO_SAMPLE, "config", "optimizer", "iter_num", "bad_evals", "seconds", "scaler"
 
 
 def load_checkpoint(path, needed=()):
-    """Path -> the dict, on the CPU, in today's format. needed: the entries that must be there, {name: type}. UserError
+    """Path -> the dict, on the CPU, in today's format. needed: the names of the fields that must be there. UserError
     if the file is not such a checkpoint or is damaged, OSError if it cannot be opened."""
     with open(path, "rb") as f:
         try:
@@ -109,14 +131,13 @@ def load_checkpoint(path, needed=()):
     except (AttributeError, TypeError) as e:
         raise UserError(f"{path} is damaged: its settings are not those of format {version} ({first_line(e)})"
                         ) from None
-    for name in ("model_config", "config", "tokenizer", "iter_num", "best_val_loss", "bad_evals", "seconds", "text"):
-        value = checkpoint.get(name)
-        for part in value.values() if isinstance(value, dict) else [value]:
-            if type(part) not in (int, float, str, bool, type(None)):
-                raise UserError(f"{path} is damaged: {name} holds a value of the type {type(part).__name__}")
     for name in needed:
-        if not isinstance(checkpoint.get(name), needed[name]):
+        if checkpoint.get(name) is None:
             raise UserError(f"{path} lacks {name!r}; latest.pt is for resuming, and either it or best.pt for sampling")
+    there = {name: field for name, field in FIELDS.items() if checkpoint.get(name) is not None}
+    check_fields(path, checkpoint, there, other_checkpoint(Path(path)))
+    if "model_config" in needed:
+        model_config(checkpoint["model_config"], path)
     return checkpoint
 
 

@@ -66,6 +66,12 @@ def read_json(path, fields, advice="restore the file or make it again"):
         raise UserError(f"{path} is not JSON ({error}); {advice}") from None
     if type(found) is not dict:
         raise UserError(f"{path} should hold a JSON object, but holds {_shown(found)}; {advice}")
+    check_fields(path, found, fields, advice)
+    return found
+
+
+def check_fields(path, found, fields, advice):
+    """UserError if a field of this dict, which a file holds, is missing or is not as `fields` describes it."""
     for name, (types, check) in fields.items():
         if name not in found:
             raise UserError(f"{path} has no field {name!r}; {advice}")
@@ -75,23 +81,24 @@ def read_json(path, fields, advice="restore the file or make it again"):
             expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
         if expected:
             raise UserError(f"{path}: {name} should be {expected}, but is {_shown(value)}; {advice}")
-    return found
 
 
 def _shown(value):
-    text = json.dumps(value)
+    text = json.dumps(value, default=repr, skipkeys=True)  # a checkpoint holds more than JSON can
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-def check(config, expected, is_good, *names):
-    """UserError for the first of these settings that is not as expected. One that is None is not checked."""
+def check(config, expected, is_good, *names, source=None):
+    """UserError for the first of these settings that is not as expected. One that is None is not checked. source: the
+    file that they come from, if it is not the command line."""
     for name in names:
         try:
             good = config[name] is None or is_good(config[name])
         except TypeError:  # a checkpoint may hold a value of any type
             good = False
         if not good:
-            raise UserError(f"{name} must be {expected}, got {config[name]!r:.80}")
+            raise UserError(f"{name} must be {expected}, got {config[name]!r:.80}" + (
+                f" in {source}; --{name} replaces it" if source else ""))
 
 
 # --- datasets ---

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, load_model, load_pretrained
+from checkpoint import TO_RESUME, TO_SAMPLE, load_checkpoint, load_model, load_pretrained
 from conftest import ROOT, TEXT, TINY, Project
 from files import UserError, finish_publishing, open_dataset, read_log
 from test_prepare import small_pieces
@@ -219,6 +219,37 @@ def test_an_optimizers_averages_that_do_not_fit_are_refused(trained, damage):
     torch.save(checkpoint, folder / "latest.pt")
     how = ["--init_from=resume", f"--out_dir={folder.name}", "--max_iters=70"]
     assert "does not fit" in trained.fails("train.py", *how)
+
+
+# --- files that someone edited ---
+
+@pytest.mark.parametrize("place, value, words", [
+    ("iter_num", -5, "at least 0, but is -5"), ("iter_num", True, "int, but is true"), ("tokens", -1, "at least 0"),
+    ("bad_evals", 1.5, "int, but is 1.5"), ("best_val_loss", float("nan"), "at least 0, but is NaN"),
+    ("seconds", float("nan"), "from 0 to 1e9"), ("seconds", 1e300, "from 0 to 1e9"), ("wandb_id", 5, "str, but is 5"),
+    ("scaler", {"scale": "x"}, "numbers of at least 0"), ("text", {"val_bytes": "x"}, "numbers of at least 0"),
+    ("config", {"seed": []}, "numbers and strings"), ("model_config", {"n_layer": 2.0}, "n_layer must be a positive")])
+def test_a_checkpoints_fields_are_checked(trained, tmp_path, place, value, words):
+    good = load_checkpoint(trained.folder / "out" / "latest.pt", TO_RESUME)
+    torch.save(good | {place: value}, tmp_path / "latest.pt")
+    with pytest.raises(UserError, match=words) as caught:
+        load_checkpoint(tmp_path / "latest.pt", TO_SAMPLE)
+    assert place in str(caught.value) or "n_layer" in value
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("dataset", 5, "dataset expects str, got 5 in"), ("batch_size", -8, "batch_size must be above 0, got -8 in")])
+def test_a_checkpoints_settings_are_checked_as_on_the_command_line(trained, name, value, words):
+    folder = trained.folder / f"edited-{name}"
+    folder.mkdir()
+    checkpoint = load_checkpoint(trained.folder / "out" / "latest.pt")
+    checkpoint["config"][name] = value
+    checkpoint["scaler"] = {"more": 1}
+    torch.save(checkpoint, folder / "latest.pt")
+    how = ["--init_from=resume", f"--out_dir={folder.name}", "--eval_only", "--eval_tokens=64", "--dtype=float16"]
+    assert f"{words} {folder.name}{os.sep}latest.pt; --{name} replaces it" in trained.fails("train.py", *how)
+    good = load_checkpoint(trained.folder / "out" / "latest.pt")["config"][name]
+    trained.run("train.py", *how, f"--{name}={good}")
 
 
 # --- files from strangers ---
