@@ -36,7 +36,8 @@ import torch
 import torch.nn.functional as F
 
 from distributed import gathered, is_main_process, print_once, shard_like
-from files import LOG_COLUMNS, UserError, at_least, check_fields, read_json, read_log, write_atomically
+from files import LOG_COLUMNS, UserError, at_least, check_fields, open_file, read_json, read_log, read_small
+from files import write_atomically
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, fetch_vocabulary, load_tokenizer, read_nanogpt_characters
 
@@ -108,7 +109,7 @@ TO_RESUME = *TO_SAMPLE, "config", "optimizer", "iter_num", "bad_evals", "seconds
 def load_checkpoint(path, needed=()):
     """Path -> the dict, on the CPU, in today's format. needed: the names of the fields that must be there. UserError
     if the file is not such a checkpoint or is damaged, OSError if it cannot be opened."""
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         try:
             good = is_plain_archive(f)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True) if good else None
@@ -456,10 +457,10 @@ def lock_run(folder):
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        who = owner.read_text() if owner.exists() else "unknown"
+        who = read_small(owner).decode(errors="replace")[:20] if owner.exists() else "unknown"
         raise UserError(f"another run (process {who}) is writing to {folder}; stop it, or choose another --out_dir"
                         ) from None
-    owner.write_text(str(os.getpid()))
+    write_atomically(owner, str(os.getpid()).encode())
     return lock
 
 
@@ -486,7 +487,7 @@ class Log:
             self.lock.release()  # Windows does not rename a folder in which a file is open
             move_earlier_run(Path(folder))
             self.lock = lock_run(self.path.parent)
-        for unfinished in filter(Path.is_file, self.path.parent.glob("*.tmp")):  # of a process that was killed
+        for unfinished in itertools.filterfalse(Path.is_dir, self.path.parent.glob("*.tmp")):  # of a killed process
             unfinished.unlink()
         rows, damaged = read_log(self.path) if checkpoint and self.path.exists() else ([], 0)
         if damaged:
@@ -613,7 +614,8 @@ def read_config(given, name):
 
 def read_tensors(folder, name):
     """All tensors of a folder, whether in one file or in several."""
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    files = (sorted(filter(Path.is_file, folder.glob("model*.safetensors")))
+             or sorted(filter(Path.is_file, folder.glob("pytorch_model*.bin"))))
     if not files:
         raise UserError(f"{name} holds neither model.safetensors nor pytorch_model.bin")
     tensors = {}

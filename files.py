@@ -33,12 +33,21 @@ def write_atomically(path, data):
         raise
 
 
-def read_small(path):
-    """The bytes of a file that should be small. UserError if it has more than 64 MB, which would fill the memory."""
-    with open(path, "rb") as f:
-        data = f.read((1 << 26) + 1)
-    if len(data) > 1 << 26:
-        raise UserError(f"{path} has more than 64 MB, too much for what it should hold")
+def open_file(path):
+    """A file -> a binary stream. UserError for a named pipe, which could wait for ever for its other end, or a device,
+    which may have no end."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path} is no file but a pipe or a device; move it away")
+    return open(path, "rb")
+
+
+def read_small(path, most=64, pipes=False):
+    """The bytes of a file that should be small. UserError if it has more MB than this, which would fill the memory.
+    pipes: whether it may be a pipe or a device, as where a user names the file."""
+    with open(path, "rb") if pipes else open_file(path) as f:
+        data = f.read((most << 20) + 1)
+    if len(data) > most << 20:
+        raise UserError(f"{path} has more than {most} MB, too much for what it should hold")
     return data
 
 
@@ -60,8 +69,9 @@ def read_json(path, fields, advice="restore the file or make it again"):
     fields: {name: (type or tuple of types, check or None)}. A check takes the value. It returns None if the value is
     right, else what it should have been, in words. Fields that are not described are not checked.
     """
+    data = read_small(path)
     try:
-        found = json.loads(read_small(path))
+        found = json.loads(data)
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
         raise UserError(f"{path} is not JSON ({error}); {advice}") from None
     if type(found) is not dict:
@@ -198,8 +208,7 @@ def read_log(path):
     """log.csv -> its whole rows, as dicts of strings, and the number of lines that are damaged. A missing header counts
     as one if nothing else is there."""
     import math
-    with open(path, newline="", encoding="utf-8", errors="replace") as f:
-        lines = f.read().splitlines(keepends=True)
+    lines = read_small(path, most=256).decode("utf-8", "replace").splitlines(keepends=True)
     rows, damaged = [], int(not lines)
     for line in lines[1 if lines and lines[0].rstrip("\r\n") == ",".join(LOG_COLUMNS) else 0:]:
         try:

@@ -30,7 +30,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from files import UserError, read_log, write_atomically
+from files import UserError, read_log, read_small, write_atomically
 
 # --- the settings, and the figures in files ---
 
@@ -87,9 +87,10 @@ def read_records():
     """The records in the files of --json. UserError if one is not what `what` needs."""
     records = []
     for name in json.split(","):
+        data = read_small(name, pipes=True)
         try:
-            found = json_format.loads(Path(name).read_bytes())
-        except ValueError as e:
+            found = json_format.loads(data)
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{name} is not JSON: {e}") from None
         if type(found) is not list or not found:
             raise UserError(f"{name} should hold a list of records")

@@ -20,7 +20,7 @@ from conftest import ROOT, TEXT, TINY, Project
 from files import UserError, finish_publishing, open_dataset, read_log
 from test_prepare import small_pieces
 from test_train import rows, same_run, same_state, step_of_log
-from tokenizer import CharTokenizer, load_tokenizer
+from tokenizer import CharTokenizer, load_tokenizer, read_nanogpt_characters
 
 LONG = [*TINY, "--max_iters=100000", "--eval_interval=1000"]
 
@@ -149,6 +149,20 @@ def test_a_file_that_cannot_be_opened_is_not_called_damaged(trained):
     (folder / "latest.pt").mkdir(parents=True)
     error = trained.fails("train.py", "--init_from=resume", "--out_dir=unreadable")
     assert "damaged" not in error and f"unreadable{os.sep}latest.pt: " in error
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes in folders")
+@pytest.mark.parametrize("make", [os.mkfifo if os.name != "nt" else None, lambda path: path.symlink_to("/dev/zero"),
+                                  Path.mkdir], ids=["pipe", "device", "folder"])
+@pytest.mark.parametrize("name, read", [
+    ("log.csv", read_log), ("latest.pt", load_checkpoint), ("meta.pkl", read_nanogpt_characters),
+    ("meta.json", lambda path: open_dataset(path.parent)), ("config.json", lambda path: load_pretrained(path.parent))])
+def test_a_pipe_a_device_or_a_folder_in_place_of_a_file_is_named(tmp_path, name, read, make):
+    """Opening a pipe would wait for ever, and /dev/zero has no end."""
+    make(tmp_path / name)
+    with pytest.raises((UserError, IsADirectoryError)) as caught:
+        read(tmp_path / name)
+    assert name in str(caught.value) or caught.value.filename == tmp_path / name
 
 
 @pytest.mark.parametrize("damage", [
