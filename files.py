@@ -124,8 +124,9 @@ def is_dataset_name(name):
 
 def prepare_dataset(folder, arguments, give_up):
     """Runs prepare.py with these arguments, if there is no dataset in data/<dataset> yet. If it fails, it has said why,
-    and give_up is called with its exit code."""
+    and give_up is called with its exit code. SIGTERM and the end of the terminal also end prepare.py."""
     import shlex
+    import signal
     import subprocess
     import sys
     finish_publishing(folder)
@@ -136,9 +137,15 @@ def prepare_dataset(folder, arguments, give_up):
         except ValueError as e:
             raise UserError(f"prepare must be arguments for prepare.py, got {arguments!r} ({e})") from None
         command = [sys.executable, Path(__file__).with_name("prepare.py"), f"--dataset={folder.name}", *words]
+        ending = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
+        ending = [number for number in ending if number and signal.getsignal(number) == signal.SIG_DFL]
+        for number in ending:  # subprocess.run ends prepare.py when it is left by an exception
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
         code = subprocess.run(command).returncode
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
         if code:
-            give_up(code)
+            give_up(code if code > 0 else 128 - code)  # below 0 if a signal has ended it
 
 
 def finish_publishing(folder):

@@ -67,6 +67,24 @@ def test_a_second_prepare_of_the_same_dataset_is_refused(project):
     project.run("prepare.py", *how)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_train_py_also_ends_the_prepare_py_that_it_runs(project, name):
+    (project.folder / "prepare.py").write_text("import os, time\nopen('new', 'w').write(str(os.getpid()))\n"
+                                               "os.rename('new', 'pid')\ntime.sleep(20)\n")
+
+    def stop(pid):
+        deadline = time.time() + 60
+        while not (project.folder / "pid").exists() and time.time() < deadline:
+            time.sleep(0.01)
+        os.kill(pid, getattr(signal, name))
+
+    done = project.finish("train.py", "--dataset=new", meanwhile=stop)
+    assert done.returncode == 128 + getattr(signal, name) and not done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((project.folder / "pid").read_text()), signal.SIGKILL)
+
+
 # --- output that goes away ---
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
