@@ -433,14 +433,22 @@ def first_line(e):
 
 # --- the run's folder ---
 
-def move_earlier_run(folder):
+def move_earlier_run(folder, lock):
     """Renames a folder that holds a run, or anything of one, to folder.1, folder.2, ... A link to a folder stays, and
-    the folder itself is renamed."""
+    the folder itself is renamed. Releases its lock afterwards. Returns whether there was anything to rename."""
     log = folder / "log.csv"
-    if folder.is_dir() and (any(folder.glob("*.pt")) or log.exists() and any(read_log(log))):
-        folder = folder.resolve() if folder.is_symlink() else folder
-        print(f"{folder} held an earlier run: moved it to {move_aside(folder)}", flush=True)
-        folder.mkdir()
+    if not any(folder.glob("*.pt")) and not (log.exists() and any(read_log(log))):
+        return False
+    folder = folder.resolve() if folder.is_symlink() else folder
+    try:
+        new = move_aside(folder)
+    except PermissionError:  # Windows does not rename a folder in which a file is open: our lock, or, if another run
+        lock.release()       # starts now, its lock
+        new = move_aside(folder)
+    lock.release()
+    print(f"{folder} held an earlier run: moved it to {new}", flush=True)
+    folder.mkdir(exist_ok=True)
+    return True
 
 
 def move_aside(folder):
@@ -452,10 +460,13 @@ def move_aside(folder):
 def lock_run(folder):
     """Makes sure that no other process trains in this folder, until this one ends, in whatever way. UserError if one
     does. Returns the lock, which must be kept."""
-    lock = filelock.FileLock(folder / ".lock")
-    owner = folder / ".process"
+    path, owner = folder / ".lock", folder / ".process"
+    path.touch()
+    lock, before = filelock.FileLock(path), path.stat()
     try:
         lock.acquire(timeout=0)
+        if not path.exists() or not os.path.samestat(before, path.stat()):
+            raise UserError(f"another run has just renamed {folder}; start again, or choose another --out_dir")
     except filelock.Timeout:
         who = read_small(owner).decode(errors="replace")[:20] if owner.exists() else "unknown"
         raise UserError(f"another run (process {who}) is writing to {folder}; stop it, or choose another --out_dir"
@@ -483,9 +494,7 @@ class Log:
             raise UserError(f"--{e.name} needs: pip install {e.name}") from None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = lock_run(self.path.parent)
-        if not checkpoint:
-            self.lock.release()  # Windows does not rename a folder in which a file is open
-            move_earlier_run(Path(folder))
+        while not checkpoint and move_earlier_run(Path(folder), self.lock):  # the lock has moved with the folder
             self.lock = lock_run(self.path.parent)
         for unfinished in itertools.filterfalse(Path.is_dir, self.path.parent.glob("*.tmp")):  # of a killed process
             unfinished.unlink()

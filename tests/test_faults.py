@@ -11,11 +11,12 @@ import time
 import zipfile
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
 
-from checkpoint import TO_RESUME, TO_SAMPLE, load_checkpoint, load_model, load_pretrained
+from checkpoint import TO_RESUME, TO_SAMPLE, Log, load_checkpoint, load_model, load_pretrained, lock_run, move_aside
 from conftest import ROOT, TEXT, TINY, Project
 from files import UserError, finish_publishing, open_dataset, read_log
 from test_prepare import small_pieces
@@ -50,6 +51,37 @@ def test_a_second_run_in_the_same_folder_is_refused(trained):
     step = load_checkpoint(folder / "latest.pt")["iter_num"]
     printed = trained.run("train.py", "--init_from=resume", "--out_dir=shared", f"--max_iters={step + 5}")
     assert f"resuming shared after step {step}" in printed  # the lock of a killed process does not hold
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not rename a folder in which a file is open")
+def test_two_runs_that_start_at_once_never_share_a_folder(tmp_path, monkeypatch):
+    """The second starts just before or just after the first one renames an earlier run, or between opening the lock's
+    file and locking it."""
+    out, settings = tmp_path / "out", {"tensorboard": False, "wandb": False}
+    locks, acquire = [], filelock.FileLock.acquire
+    out.mkdir()
+    (out / "best.pt").touch()
+
+    def started_around(folder):
+        with pytest.raises(UserError, match="another run .* is writing to"):
+            lock_run(out)
+        new = move_aside(folder)
+        out.mkdir()
+        locks.append(lock_run(out))
+        return new
+
+    def renamed_between(lock, **how):
+        acquire(lock, **how)
+        out.rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr("checkpoint.move_aside", started_around)
+    with pytest.raises(UserError, match="another run .* is writing to"):
+        Log(out, None, settings)
+    assert (tmp_path / "out.1" / "best.pt").exists()
+    locks.pop().release()
+    monkeypatch.setattr(filelock.FileLock, "acquire", renamed_between)
+    with pytest.raises(UserError, match="has just renamed"):
+        lock_run(out)
 
 
 def test_a_second_prepare_of_the_same_dataset_is_refused(project):
