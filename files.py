@@ -214,7 +214,6 @@ LOG_COLUMNS = ["iter", "tokens", "seconds", "loss", "train_loss", "val_loss", "l
 def read_log(path):
     """log.csv -> its whole rows, as dicts of strings, and the number of lines that are damaged. A missing header counts
     as one if nothing else is there."""
-    import math
     lines = read_small(path, most=256).decode("utf-8", "replace").splitlines(keepends=True)
     rows, damaged = [], int(not lines)
     for line in lines[1 if lines and lines[0].rstrip("\r\n") == ",".join(LOG_COLUMNS) else 0:]:
@@ -222,8 +221,8 @@ def read_log(path):
             row = dict(zip(LOG_COLUMNS, line.rstrip("\r\n").split(","), strict=True))
             needed = LOG_COLUMNS[:3] if row["iter"] == "0" else LOG_COLUMNS[:4]  # step 0 has no loss of a batch
             numbers = [float(row[name]) for name in LOG_COLUMNS if row[name] or name in needed]
-            in_order = not rows or int(row["iter"]) > int(rows[-1]["iter"])
-            if not (line.endswith("\n") and in_order and all(map(math.isfinite, numbers))):
+            in_order = int(row["iter"]) > (int(rows[-1]["iter"]) if rows else -1)
+            if not (line.endswith("\n") and in_order and all(abs(n) < 1e39 for n in numbers)):  # as all of float32
                 raise ValueError
             rows.append(row)
         except ValueError:

@@ -174,7 +174,7 @@ def get_batch(step):
 torch.manual_seed(seed)
 shape = {k: v for k, v in (fixed | config).items() if k in asdict(GPTConfig())}  # settings named as in GPTConfig
 model_config = pretrained.config if pretrained else GPTConfig(**shape | {"vocab_size": meta["vocab_size"]})
-check_training_memory(device, model_config, sequences // world_size, micro_batch, block_size)
+check_training_memory(device, model_config, sequences // world_size, micro_batch, block_size, dtype, strategy)
 raw_model = pretrained or GPT(model_config)
 for_training(raw_model.to(device).train())  # faster layers that compute the same
 if strategy == "fsdp":

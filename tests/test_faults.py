@@ -18,7 +18,9 @@ import torch
 
 from checkpoint import TO_RESUME, TO_SAMPLE, Log, load_checkpoint, load_model, load_pretrained, lock_run, move_aside
 from conftest import ROOT, TEXT, TINY, Project
-from files import UserError, finish_publishing, open_dataset, read_log
+from device import check_generation_memory, check_training_memory
+from files import LOG_COLUMNS, UserError, finish_publishing, open_dataset, read_log
+from model import GPT, GPTConfig
 from test_prepare import small_pieces
 from test_train import rows, same_run, same_state, step_of_log
 from tokenizer import CharTokenizer, load_tokenizer, read_nanogpt_characters
@@ -239,6 +241,14 @@ def test_a_damaged_log_is_repaired(trained, tmp_path, damage):
     assert read_log(folder / "log.csv") == (found, 0)
 
 
+@pytest.mark.parametrize("row", ["1.5,1,1,2", "-3,1,1,2", "1,1,1,-1e308", "1,1,1e300,2"])
+def test_a_row_that_no_run_writes_is_damaged(tmp_path, row):
+    rest = "," * (len(LOG_COLUMNS) - 4) + "\n"
+    (tmp_path / "log.csv").write_text(",".join(LOG_COLUMNS) + "\n" + row + rest + "9,1,1,2" + rest)
+    rows, damaged = read_log(tmp_path / "log.csv")
+    assert [row["iter"] for row in rows] == ["9"] and damaged == 1
+
+
 # --- nothing is overwritten ---
 
 @pytest.mark.parametrize("name", ["log.csv", "my-best.pt", "ckpt.pt"])
@@ -431,8 +441,28 @@ def test_a_size_that_cannot_fit_is_said_before_it_is_allocated(trained, setting)
     assert not (trained.folder / "huge").exists()
 
 
-def test_samples_that_cannot_fit(trained):
-    assert "lower --num_samples" in trained.fails("sample.py", "--num_samples=2000000000")
+@pytest.mark.parametrize("script, arguments, words", [
+    ("sample.py", ["--num_samples=2000000000"], "GB; lower --num_samples"),
+    ("bench_kv.py", ["--out_dir=out", "--prompt=4", "--new_tokens=4", "--batch=2000000000"], "GB; lower --batch")])
+def test_samples_that_cannot_fit(trained, script, arguments, words):
+    assert words in trained.fails(script, *arguments)
+
+
+def test_the_memory_of_generation_and_of_attention_is_counted(monkeypatch):
+    """Exactly what the cache takes, and the weights of attention where fast.py writes them out."""
+    model, cpu = GPT(GPTConfig(block_size=64, vocab_size=100, n_layer=3, n_head=2, n_embd=8)), torch.device("cpu")
+    needed = sum(p.nbytes for p in model.parameters()) + model.new_cache(7, 20).nbytes + 7 * 100 * 12
+    monkeypatch.setattr("device.memory_size", lambda device: needed)
+    check_generation_memory(cpu, model, 7, 20, 0.8, "")
+    monkeypatch.setattr("device.memory_size", lambda device: needed - 1)
+    with pytest.raises(UserError, match="of memory"):
+        check_generation_memory(cpu, model, 7, 20, 0.8, "")
+    monkeypatch.setattr("device.memory_size", lambda device: 4 * 3 * 2 * 64 * 64 * 2)
+    how = 4, 4, 64
+    check_training_memory(cpu, GPTConfig(64, 2, 3, 2, 2), *how, "float32", "ddp")
+    for dropout, dtype in ((0.1, "float32"), (0.0, "bfloat16")):
+        with pytest.raises(UserError, match="of memory"):
+            check_training_memory(cpu, GPTConfig(64, 2, 3, 2, 2, dropout), *how, dtype, "ddp")
 
 
 # --- a fault at every change of a file ---
