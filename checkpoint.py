@@ -700,7 +700,7 @@ def save_pretrained(model, tokenizer, folder, card=""):
             "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
                               "invert": False},
             "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}, "decoder": {"type": "Fuse"}}).encode()
-    files |= {"tokenizer_config.json": json.dumps(settings).encode(), "README.md": card.encode()}
+    files |= {"tokenizer_config.json": json.dumps(settings).encode(), "README.md": card.encode(errors="replace")}
     folder = Path(folder).resolve()
     if not folder.name:
         raise UserError(f"{folder} cannot be the folder of an export; name a new one")
