@@ -317,11 +317,12 @@ def probe(model):
 
 
 def check_probe(model, checkpoint, path):
-    """UserError if the checkpoint holds a probe and the model with its weights now gives another one."""
-    then = checkpoint.get("probe")
+    """UserError if the checkpoint holds a probe and the model with its weights now gives another one, or if that is not
+    finite."""
+    then, now = checkpoint.get("probe"), probe(model)
+    check_finite(now, f"{path}: what the model computes", "; restore a copy, or train the model again")
     if not isinstance(then, torch.Tensor) or os.environ.get("GPT_CHANGED_MODEL") == "1":
         return
-    now = probe(model)
     difference = (now - then).abs().max().item() if now.shape == then.shape else math.inf
     if not difference <= 3e-5 * max(1.0, then.abs().max().item()):
         raise UserError(f"{path}: model.py computes something else than when this was saved (logits differ by up to "

@@ -278,6 +278,16 @@ def test_weights_that_are_not_finite_are_not_sampled_from(trained):
     assert "is not finite" in trained.fails("sample.py", "--out_dir=nan")
 
 
+def test_logits_that_are_not_finite_are_not_sampled_from(trained, tmp_path):
+    """Though the weights are."""
+    checkpoint = load_checkpoint(trained.folder / "out" / "best.pt")
+    checkpoint["model"]["ln_f.weight"] = torch.full_like(checkpoint["model"]["ln_f.weight"], 3e38)
+    del checkpoint["probe"]
+    torch.save(checkpoint, tmp_path / "best.pt")
+    with pytest.raises(UserError, match="what the model computes is not finite; restore"):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize("damage", [
     lambda o: next(iter(o["state"].values())).update(momentum_buffer=torch.zeros(3, 5)),
     lambda o: o["state"].update({"h.0.ln_1.weight": {"exp_avg": torch.zeros(1, 1)}}),

@@ -299,6 +299,10 @@ def test_errors_of_verify_gradients(project, argument, words):
     assert words in project.fails("verify_gradients.py", argument)
 
 
+def test_fast_py_measures_at_least_once(project):
+    assert "turns must be at least 1, got 0" in project.fails("fast.py", "--turns=0")
+
+
 # --- pictures ---
 
 def test_pictures_of_a_run(trained, tmp_path):
