@@ -53,7 +53,7 @@ import time
 import torch
 
 from checkpoint import load_model, load_pretrained, save_pretrained
-from device import choose_device, synchronize
+from device import check_generation_memory, choose_device, synchronize
 from fast import for_inference
 from model import GPT, GPTConfig, keep_top_p
 
@@ -175,6 +175,9 @@ def bench(name, gpt, bandwidth):
     print(f"\n{name}: {gpt.num_parameters():,} parameters, block_size {config.block_size}, {device}, "
           f"{torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s")
     gpts = {(d, c): for_inference(copy.deepcopy(gpt), d, c) for d, c in {(d, c) for d, c, *_ in plan}}
+    for d, c, use_cache, b, p in plan:
+        if use_cache:
+            check_generation_memory(device, gpts[d, c], b, p + new_tokens, 0, "lower --batch")
     idx = torch.randint(config.vocab_size, (max(b for *_, b, _ in plan), longest), device=device,
                         generator=torch.Generator(device).manual_seed(seed))
     runs = {v: lambda v=v: generate(gpts[v[:2]], idx[:v[3], :v[4]], v[2]) for v in plan}

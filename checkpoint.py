@@ -28,6 +28,7 @@ import shlex
 import shutil
 import sys
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import filelock
@@ -35,7 +36,8 @@ import torch
 import torch.nn.functional as F
 
 from distributed import gathered, is_main_process, print_once, shard_like
-from files import LOG_COLUMNS, UserError, read_json, read_log, write_atomically
+from files import LOG_COLUMNS, UserError, at_least, check_fields, open_file, read_json, read_log, read_small
+from files import write_atomically
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, fetch_vocabulary, load_tokenizer, read_nanogpt_characters
 
@@ -77,14 +79,35 @@ def check_finite(value, name, advice=""):
             check_finite(item, name, advice)
 
 
-TO_SAMPLE = {"model": dict, "model_config": dict, "tokenizer": dict}
-TO_RESUME = TO_SAMPLE | {"config": dict, "optimizer": dict, "iter_num": int, "bad_evals": int, "seconds": float,
-                         "scaler": dict, "best_val_loss": (float, type(None)), "text": (dict, type(None)),
-                         "wandb_id": (str, type(None))}
+def plain(value):
+    """A check as for read_json: the items of a dict must be numbers, strings or None."""
+    kinds = int, float, str, bool, type(None)
+    return None if all(type(item) in kinds for item in value.values()) else "numbers and strings"
+
+
+def numbers(*names):
+    """A check as for read_json: what a dict holds under these names must be finite numbers of at least 0, or None."""
+    def check(value):
+        found = [n for name in names if (n := value.get(name)) is not None]
+        good = all(type(n) in (int, float) and 0 <= n < math.inf for n in found)
+        return plain(value) or (None if good else f"a dict with numbers of at least 0 as {', '.join(names)}")
+    return check
+
+
+# What a checkpoint holds: {name: (its types, a check of it)}, as for read_json. Any of it may be missing or None, but
+# not what is needed to sample or to resume.
+FIELDS = {"model": ((dict, OrderedDict), None), "model_config": (dict, plain), "tokenizer": (dict, plain),
+          "config": (dict, plain), "optimizer": (dict, None), "text": (dict, numbers("val_tokens", "val_bytes")),
+          "scaler": (dict, numbers("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")),
+          "iter_num": (int, at_least(0)), "bad_evals": (int, at_least(0)), "tokens": (int, at_least(0)),
+          "best_val_loss": (float, at_least(0)), "wandb_id": (str, None),
+          "seconds": (float, lambda s: None if 0 <= s <= 1e9 else "from 0 to 1e9")}  # more would not count single steps
+TO_SAMPLE = "model", "model_config", "tokenizer"
+TO_RESUME = *TO_SAMPLE, "config", "optimizer", "iter_num", "bad_evals", "seconds", "scaler"
 
 
 def load_checkpoint(path, needed=()):
-    """Path -> the dict, on the CPU, in today's format. needed: the entries that must be there, {name: type}. UserError
+    """Path -> the dict, on the CPU, in today's format. needed: the names of the fields that must be there. UserError
     if the file is not such a checkpoint or is damaged, OSError if it cannot be opened."""
     checkpoint = read_archive(path)
     if checkpoint is None:
@@ -102,21 +125,20 @@ def load_checkpoint(path, needed=()):
     except (AttributeError, TypeError) as e:
         raise UserError(f"{path} is damaged: its settings are not those of format {version} ({first_line(e)})"
                         ) from None
-    for name in ("model_config", "config", "tokenizer", "iter_num", "best_val_loss", "bad_evals", "seconds", "text"):
-        value = checkpoint.get(name)
-        for part in value.values() if isinstance(value, dict) else [value]:
-            if type(part) not in (int, float, str, bool, type(None)):
-                raise UserError(f"{path} is damaged: {name} holds a value of the type {type(part).__name__}")
     for name in needed:
-        if not isinstance(checkpoint.get(name), needed[name]):
+        if checkpoint.get(name) is None:
             raise UserError(f"{path} lacks {name!r}; latest.pt is for resuming, and either it or best.pt for sampling")
+    there = {name: field for name, field in FIELDS.items() if checkpoint.get(name) is not None}
+    check_fields(path, checkpoint, there, other_checkpoint(Path(path)))
+    if "model_config" in needed:
+        model_config(checkpoint["model_config"], path)
     return checkpoint
 
 
 def read_archive(path):
     """A file that torch.save wrote -> the same tree of tensors and plain values, on the CPU. None if it is damaged, or
     something that could harm this machine. OSError if it cannot be opened."""
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True) if is_plain_archive(f) else None
         except MemoryError:
@@ -333,11 +355,12 @@ def probe(model):
 
 
 def check_probe(model, checkpoint, path):
-    """UserError if the checkpoint holds a probe and the model with its weights now gives another one."""
-    then = checkpoint.get("probe")
+    """UserError if the checkpoint holds a probe and the model with its weights now gives another one, or if that is not
+    finite."""
+    then, now = checkpoint.get("probe"), probe(model)
+    check_finite(now, f"{path}: what the model computes", "; restore a copy, or train the model again")
     if not isinstance(then, torch.Tensor) or os.environ.get("GPT_CHANGED_MODEL") == "1":
         return
-    now = probe(model)
     same_kind = (now.shape, now.dtype) == (then.shape, then.dtype)
     difference = (now - then).abs().max().item() if same_kind else math.inf
     if not difference <= 3e-5 * max(1.0, now.abs().max().item()):
@@ -450,14 +473,22 @@ def first_line(e):
 
 # --- the run's folder ---
 
-def move_earlier_run(folder):
+def move_earlier_run(folder, lock):
     """Renames a folder that holds a run, or anything of one, to folder.1, folder.2, ... A link to a folder stays, and
-    the folder itself is renamed."""
+    the folder itself is renamed. Releases its lock afterwards. Returns whether there was anything to rename."""
     log = folder / "log.csv"
-    if folder.is_dir() and (any(folder.glob("*.pt")) or log.exists() and any(read_log(log))):
-        folder = folder.resolve() if folder.is_symlink() else folder
-        print(f"{folder} held an earlier run: moved it to {move_aside(folder)}", flush=True)
-        folder.mkdir()
+    if not any(folder.glob("*.pt")) and not (log.exists() and any(read_log(log))):
+        return False
+    folder = folder.resolve() if folder.is_symlink() else folder
+    try:
+        new = move_aside(folder)
+    except PermissionError:  # Windows does not rename a folder in which a file is open: our lock, or, if another run
+        lock.release()       # starts now, its lock
+        new = move_aside(folder)
+    lock.release()
+    print(f"{folder} held an earlier run: moved it to {new}", flush=True)
+    folder.mkdir(exist_ok=True)
+    return True
 
 
 def move_aside(folder):
@@ -469,15 +500,18 @@ def move_aside(folder):
 def lock_run(folder):
     """Makes sure that no other process trains in this folder, until this one ends, in whatever way. UserError if one
     does. Returns the lock, which must be kept."""
-    lock = filelock.FileLock(folder / ".lock")
-    owner = folder / ".process"
+    path, owner = folder / ".lock", folder / ".process"
+    path.touch()
+    lock, before = filelock.FileLock(path), path.stat()
     try:
         lock.acquire(timeout=0)
+        if not path.exists() or not os.path.samestat(before, path.stat()):
+            raise UserError(f"another run has just renamed {folder}; start again, or choose another --out_dir")
     except filelock.Timeout:
-        who = owner.read_text() if owner.exists() else "unknown"
+        who = read_small(owner).decode(errors="replace")[:20] if owner.exists() else "unknown"
         raise UserError(f"another run (process {who}) is writing to {folder}; stop it, or choose another --out_dir"
                         ) from None
-    owner.write_text(str(os.getpid()))
+    write_atomically(owner, str(os.getpid()).encode())
     return lock
 
 
@@ -500,11 +534,9 @@ class Log:
             raise UserError(f"--{e.name} needs: pip install {e.name}") from None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = lock_run(self.path.parent)
-        if not checkpoint:
-            self.lock.release()  # Windows does not rename a folder in which a file is open
-            move_earlier_run(Path(folder))
+        while not checkpoint and move_earlier_run(Path(folder), self.lock):  # the lock has moved with the folder
             self.lock = lock_run(self.path.parent)
-        for unfinished in filter(Path.is_file, self.path.parent.glob("*.tmp")):  # of a process that was killed
+        for unfinished in itertools.filterfalse(Path.is_dir, self.path.parent.glob("*.tmp")):  # of a killed process
             unfinished.unlink()
         rows, damaged = read_log(self.path) if checkpoint and self.path.exists() else ([], 0)
         if damaged:
@@ -632,7 +664,8 @@ def read_config(given, name):
 
 def read_tensors(folder, name):
     """All tensors of a folder, whether in one file or in several."""
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    files = (sorted(filter(Path.is_file, folder.glob("model*.safetensors")))
+             or sorted(filter(Path.is_file, folder.glob("pytorch_model*.bin"))))
     if not files:
         raise UserError(f"{name} holds neither model.safetensors nor pytorch_model.bin")
     tensors = {}

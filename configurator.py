@@ -9,8 +9,8 @@
 #     python train.py config/quick.py --max_iters=50 --dropout 0.1 --compile
 #
 # A config file is Python that assigns settings. It is code: run only files that you trust. Afterwards the script has
-# two more globals. `config` holds the value of every setting. `overrides` holds those that a config file or the command
-# line set.
+# three more globals. `config` holds the value of every setting. `overrides` holds those that a config file or the
+# command line set. `checked` checks the types of settings from elsewhere: `checked({"top_k": 5}, "out/latest.pt")`.
 #
 # Mistakes of the user and errors of the system print one line, `error: ...`, and end with exit code 1.
 # Ctrl-C ends with exit code 130. Any other exception is a bug and prints its traceback. GPT_TRACEBACK=1 in the
@@ -193,7 +193,7 @@ def _checked(name, value, settings, where, from_text=False):
         return _as_kind(value, kind, optional, from_text)
     except (KeyError, ValueError, OverflowError):
         expected = ("True or False" if kind is bool else kind.__name__) + (" or None" if optional else "")
-        got = "a number of more than 64 bits" if type(value) is int else f"{value!r:.200}"
+        got = f"{value!r:.200}" if type(value) is not int or abs(value) < 2 ** 63 else "a number of more than 64 bits"
         raise UserError(f"{name} expects {expected}, got {got} {where}") from None
 
 
@@ -351,6 +351,8 @@ def _configure(arguments, namespace):
         overrides |= found
         namespace.update(found)
     namespace["config"] = {name: namespace[name] for name in settings}
+    namespace["checked"] = lambda values, path: {
+        name: _checked(name, value, settings, f"in {path}; --{name} replaces it") for name, value in values.items()}
     return overrides
 
 

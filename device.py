@@ -27,7 +27,7 @@ def choose_device(name=None):
             index = os.environ.get("LOCAL_RANK", 0) if device.index is None else device.index
             device = torch.device(device.type, int(index))
             torch.accelerator.set_device_index(device.index)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # the device "meta" has no numbers
     except (RuntimeError, AssertionError, ValueError) as e:  # torch raises any of these, depending on the device
         raise UserError(f"device {name!r} cannot be used: {(str(e) or type(e).__name__).splitlines()[0]}") from None
     if device.type == "cuda":
@@ -140,16 +140,28 @@ def check_memory(device, needed, advice):
                         f"{advice}")
 
 
-def check_training_memory(device, config, sequences, micro_batch, block_size):
+def check_training_memory(device, config, sequences, micro_batch, block_size, dtype, strategy):
     """UserError if training a model of this config cannot fit on the device. This counts what is always needed: weights
-    and gradients, the optimizer's averages, and what a forward pass in 16 bits keeps for the backward pass. The
-    estimate of bench_train.py counts more."""
+    and gradients, the optimizer's averages (fsdp divides them, but starts from whole weights), and what a forward pass
+    in 16 bits keeps for the backward pass. The estimate of bench_train.py counts more."""
     c = config
+    layer = 20 * c.n_embd  # bytes a token
+    if device.type == "cpu" and (dtype == "bfloat16" or c.dropout):  # fast.py then writes the attention's weights out
+        layer += (4 if dtype == "float32" else 2) * c.n_head * block_size
     parameters = 12 * c.n_layer * c.n_embd ** 2 + (c.vocab_size + c.block_size) * c.n_embd
-    activations = micro_batch * block_size * (20 * c.n_layer * c.n_embd + 2 * c.vocab_size)
+    activations = micro_batch * block_size * (c.n_layer * layer + 2 * c.vocab_size)
     ids = sequences * (block_size + 1) * 8
-    check_memory(device, 12 * parameters + activations + ids,
+    check_memory(device, (4 if strategy == "fsdp" else 12) * parameters + activations + ids,
                  "choose a smaller model, or a smaller batch_size, gradient_accumulation_steps or block_size")
+
+
+def check_generation_memory(device, model, rows, length, temperature, advice):
+    """UserError if generating `rows` texts at once with a cache of `length` positions cannot fit on the device. This
+    counts the weights, the cache, and the logits, of which the samplers make two copies."""
+    c, weights = model.config, [*model.parameters(), *model.buffers()]
+    cache = 2 * c.n_layer * length * c.n_embd * model.wte.weight.element_size()
+    logits = c.vocab_size * (model.wte.weight.element_size() + (8 if temperature > 1e-8 else 0))
+    check_memory(device, sum(t.nbytes for t in weights) + rows * (cache + logits), advice)
 
 
 def peak_memory(device):

@@ -35,6 +35,8 @@ turns = 15    # measurements of each function; medians are shown
 
 if __name__ == "__main__":  # settings are read before the heavy imports, so that --help and a typo answer at once
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+    from files import check
+    check(config, "at least 1", lambda x: x >= 1, "turns")
 
 import copy
 import ctypes

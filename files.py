@@ -33,12 +33,21 @@ def write_atomically(path, data):
         raise
 
 
-def read_small(path, most=1 << 26):
-    """The bytes of a file that should be small. UserError if it has more than `most`, which could fill the memory."""
-    with open(path, "rb") as f:
-        data = f.read(most + 1)
-    if len(data) > most:
-        raise UserError(f"{path} has more than {most >> 20} MB, too much for what it should hold")
+def open_file(path):
+    """A file -> a binary stream. UserError for a named pipe, which could wait for ever for its other end, or a device,
+    which may have no end."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path} is no file but a pipe or a device; move it away")
+    return open(path, "rb")
+
+
+def read_small(path, most=64, pipes=False):
+    """The bytes of a file that should be small. UserError if it has more MB than this, which would fill the memory.
+    pipes: whether it may be a pipe or a device, as where a user names the file."""
+    with open(path, "rb") if pipes else open_file(path) as f:
+        data = f.read((most << 20) + 1)
+    if len(data) > most << 20:
+        raise UserError(f"{path} has more than {most} MB, too much for what it should hold")
     return data
 
 
@@ -60,12 +69,19 @@ def read_json(path, fields, advice="restore the file or make it again"):
     fields: {name: (type or tuple of types, check or None)}. A check takes the value. It returns None if the value is
     right, else what it should have been, in words. Fields that are not described are not checked.
     """
+    data = read_small(path)
     try:
-        found = json.loads(read_small(path))
+        found = json.loads(data)
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
         raise UserError(f"{path} is not JSON ({error}); {advice}") from None
     if type(found) is not dict:
         raise UserError(f"{path} should hold a JSON object, but holds {_shown(found)}; {advice}")
+    check_fields(path, found, fields, advice)
+    return found
+
+
+def check_fields(path, found, fields, advice):
+    """UserError if a field of this dict, which a file holds, is missing or is not as `fields` describes it."""
     for name, (types, check) in fields.items():
         if name not in found:
             raise UserError(f"{path} has no field {name!r}; {advice}")
@@ -75,23 +91,24 @@ def read_json(path, fields, advice="restore the file or make it again"):
             expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
         if expected:
             raise UserError(f"{path}: {name} should be {expected}, but is {_shown(value)}; {advice}")
-    return found
 
 
 def _shown(value):
-    text = json.dumps(value)
+    text = json.dumps(value, default=repr, skipkeys=True)  # a checkpoint holds more than JSON can
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-def check(config, expected, is_good, *names):
-    """UserError for the first of these settings that is not as expected. One that is None is not checked."""
+def check(config, expected, is_good, *names, source=None):
+    """UserError for the first of these settings that is not as expected. One that is None is not checked. source: the
+    file that they come from, if it is not the command line."""
     for name in names:
         try:
             good = config[name] is None or is_good(config[name])
         except TypeError:  # a checkpoint may hold a value of any type
             good = False
         if not good:
-            raise UserError(f"{name} must be {expected}, got {config[name]!r:.80}")
+            raise UserError(f"{name} must be {expected}, got {config[name]!r:.80}" + (
+                f" in {source}; --{name} replaces it" if source else ""))
 
 
 # --- datasets ---
@@ -107,8 +124,9 @@ def is_dataset_name(name):
 
 def prepare_dataset(folder, arguments, give_up):
     """Runs prepare.py with these arguments, if there is no dataset in data/<dataset> yet. If it fails, it has said why,
-    and give_up is called with its exit code."""
+    and give_up is called with its exit code. SIGTERM and the end of the terminal also end prepare.py."""
     import shlex
+    import signal
     import subprocess
     import sys
     finish_publishing(folder)
@@ -119,9 +137,15 @@ def prepare_dataset(folder, arguments, give_up):
         except ValueError as e:
             raise UserError(f"prepare must be arguments for prepare.py, got {arguments!r} ({e})") from None
         command = [sys.executable, Path(__file__).with_name("prepare.py"), f"--dataset={folder.name}", *words]
+        ending = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
+        ending = [number for number in ending if number and signal.getsignal(number) == signal.SIG_DFL]
+        for number in ending:  # subprocess.run ends prepare.py when it is left by an exception
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
         code = subprocess.run(command).returncode
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
         if code:
-            give_up(code)
+            give_up(code if code > 0 else 128 - code)  # below 0 if a signal has ended it
 
 
 def finish_publishing(folder):
@@ -190,17 +214,15 @@ LOG_COLUMNS = ["iter", "tokens", "seconds", "loss", "train_loss", "val_loss", "l
 def read_log(path):
     """log.csv -> its whole rows, as dicts of strings, and the number of lines that are damaged. A missing header counts
     as one if nothing else is there."""
-    import math
-    with open(path, newline="", encoding="utf-8", errors="replace") as f:
-        lines = f.read().splitlines(keepends=True)
+    lines = read_small(path, most=256).decode("utf-8", "replace").splitlines(keepends=True)
     rows, damaged = [], int(not lines)
     for line in lines[1 if lines and lines[0].rstrip("\r\n") == ",".join(LOG_COLUMNS) else 0:]:
         try:
             row = dict(zip(LOG_COLUMNS, line.rstrip("\r\n").split(","), strict=True))
             needed = LOG_COLUMNS[:3] if row["iter"] == "0" else LOG_COLUMNS[:4]  # step 0 has no loss of a batch
             numbers = [float(row[name]) for name in LOG_COLUMNS if row[name] or name in needed]
-            in_order = not rows or int(row["iter"]) > int(rows[-1]["iter"])
-            if not (line.endswith("\n") and in_order and all(map(math.isfinite, numbers))):
+            in_order = int(row["iter"]) > (int(rows[-1]["iter"]) if rows else -1)
+            if not (line.endswith("\n") and in_order and all(abs(n) < 1e39 for n in numbers)):  # as all of float32
                 raise ValueError
             rows.append(row)
         except ValueError:

@@ -30,7 +30,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from files import UserError, read_log, write_atomically
+from files import UserError, read_log, read_small, write_atomically
 
 # --- the settings, and the figures in files ---
 
@@ -83,20 +83,33 @@ def bits_per_nat(folder):
     return text["val_tokens"] / text["val_bytes"] / math.log(2)
 
 
+def fits(value, kind):
+    """Whether a field of a record is of its kind: a number from 0 to 1e15, a list of strings, a dict of numbers, ..."""
+    if kind is list:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(fits(item, float) for item in value.values())
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and 0 <= value <= 1e15
+    return isinstance(value, kind)
+
+
 def read_records():
     """The records in the files of --json. UserError if one is not what `what` needs."""
     records = []
     for name in json.split(","):
+        data = read_small(name, pipes=True)
         try:
-            found = json_format.loads(Path(name).read_bytes())
-        except ValueError as e:
+            found = json_format.loads(data)
+            json_format.dumps(found, ensure_ascii=False).encode()  # halves of a character cannot be drawn
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{name} is not JSON: {e}") from None
         if type(found) is not list or not found:
             raise UserError(f"{name} should hold a list of records")
         for record in found:
             for field, kind in NEEDED[what].items():
                 value = record.get(field) if type(record) is dict else None
-                if not isinstance(value, kind if kind is not float else int | float):
+                if not fits(value, kind):
                     raise UserError(f"{name} does not hold figures for --what={what}: {field} is {value!r:.60}")
         records += found
     return records
@@ -110,6 +123,7 @@ try:
 except ImportError:
     raise UserError("the pictures need matplotlib: pip install matplotlib") from None
 matplotlib.use("Agg")  # no window: a file
+matplotlib.rcParams["text.parse_math"] = False  # $ is a character like others
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -137,12 +151,15 @@ def plot_attention():
     import torch
 
     from checkpoint import load_model, load_pretrained
+    from device import check_memory
     model, tok = load_model(out_dir)[:2] if init_from == "resume" else load_pretrained(init_from)
     if tok is None:
         raise UserError(f"{init_from} has no tokenizer, or one other than GPT-2's")
     ids = tok.encode(start)
     if not 0 < len(ids) <= model.config.block_size:
         raise UserError(f"--start has {len(ids)} tokens; the model reads from 1 to {model.config.block_size}")
+    c = model.config
+    check_memory(torch.device("cpu"), 4 * c.n_layer * c.n_head * len(ids) ** 2, "shorten --start")
     maps = model.attention_maps(torch.tensor([ids]))[:, 0].numpy()  # (n_layer, nh, T, T)
     for name, n in zip(("layer", "head"), maps.shape, strict=False):
         if config[name] is not None and config[name] >= n:
@@ -177,7 +194,8 @@ def plot_loss():
                       if loss is not None and (at > 0 or loss <= top)]
             if points:
                 end = "" if column == "loss" else f", at the end {points[-1][1]:.3f}"
-                ax.plot(*zip(*points, strict=True), color=f"C{n}", label=f"{folder}: {name}{end}", **style)
+                shown = folder.encode(errors="replace").decode()  # a folder's name may not be UTF-8
+                ax.plot(*zip(*points, strict=True), color=f"C{n}", label=f"{shown}: {name}{end}", **style)
     ax.set_xlabel("steps" if x == "steps" else "seconds of training")
     ax.set_ylabel("loss (nats per token)" if y == "loss" else "loss (bits per byte of text)")
     ax.grid(alpha=0.3)
@@ -240,6 +258,10 @@ def plot_train():
 
 
 figure, drawn = globals()[f"plot_{what}"](), io.BytesIO()
+width, height = (120 * inches for inches in figure.get_size_inches())
+if picture.suffix == ".png" and (max(width, height) >= 2 ** 16 or width * height > 2 ** 28):
+    raise UserError(f"the picture would have {width:.0f} x {height:.0f} pixels, which is too large; name an .svg, or "
+                    "ask for less")
 figure.savefig(drawn, dpi=120, format=picture.suffix[1:])
 write_atomically(picture, drawn.getvalue())
 print(f"wrote {picture}")

@@ -140,6 +140,7 @@ def find_files():
 def save_stream(stream):
     """A stream of text -> a file in the dataset's folder that holds it, since the text is read twice."""
     FOLDER.mkdir(parents=True, exist_ok=True)
+    STREAM.unlink(missing_ok=True)
     with open(STREAM, "wb") as f:
         shutil.copyfileobj(stream, f)
     return STREAM

@@ -37,7 +37,7 @@ from files import UserError, check, read_small
 check(config, "at least 1", lambda x: x >= 1, "num_samples", "top_k")
 check(config, "at least 0", lambda x: 0 <= x < math.inf, "max_new_tokens", "temperature")
 check(config, "in (0, 1]", lambda x: 0 < x <= 1, "top_p")
-check(config, "above 0", lambda x: 0 < x < math.inf, "repetition_penalty")
+check(config, "from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6, "repetition_penalty")  # else logits could be infinite
 check(config, "a text, not empty", bool, "stop")
 check(config, "a number of at most 64 bits", lambda x: -2 ** 63 <= x < 2 ** 64, "seed")
 check(config, "float32, bfloat16, float16 or int8", lambda x: x in ("float32", "bfloat16", "float16", "int8"), "dtype")
@@ -45,7 +45,7 @@ check(config, "float32, bfloat16, float16 or int8", lambda x: x in ("float32", "
 import torch
 
 from checkpoint import load_model, load_pretrained
-from device import check_memory, choose_device, choose_dtype
+from device import check_generation_memory, choose_device, choose_dtype
 from fast import for_inference
 
 
@@ -89,7 +89,7 @@ def read_prompt(start):
         prompt = "\n" if tok.eot is not None or "\n" in tok.chars else tok.chars[0]
     elif start.startswith("FILE:"):
         try:
-            prompt = read_small(start[5:]).decode("utf-8-sig").replace("\r\n", "\n")
+            prompt = read_small(start[5:], pipes=True).decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as e:
             raise UserError(f"{start[5:]} is not UTF-8 at byte {e.start}; convert it first, for example with iconv"
                             ) from None
@@ -109,8 +109,8 @@ def write_texts(prompt, ids):
     """Generates the samples that follow a prompt and prints them."""
     if len(ids) > model.config.block_size:
         print(f"the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}", file=sys.stderr)
-    c, length = model.config, min(model.config.block_size, len(ids) + max_new_tokens)  # of the key-value cache
-    check_memory(device, num_samples * (4 * c.n_layer * length * c.n_embd + 4 * c.vocab_size), "lower --num_samples")
+    length = min(model.config.block_size, len(ids) + max_new_tokens)  # of the key-value cache
+    check_generation_memory(device, model, num_samples, length, temperature, "lower --num_samples")
     texts = [Text(tok) for _ in range(num_samples)]
     print(prompt, end="", flush=True)
     for step in model.stream(torch.tensor([ids], device=device), max_new_tokens, temperature, top_k, top_p,

@@ -173,7 +173,7 @@ _PLAIN = {"BINGET", "BININT", "BININT1", "BININT2", "BINPUT", "BINUNICODE", "DIC
 def read_nanogpt_characters(path):
     """The meta.pkl of a character dataset that nanoGPT prepared -> CharTokenizer. UserError if it is something else.
     Any other pickle could run code, or take the memory or the time of this machine."""
-    data = read_small(path, 1 << 22)  # 65536 characters take 3 MB
+    data = read_small(path, most=4)  # 65536 characters take 3 MB
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name not in _PLAIN or (isinstance(argument, int) and abs(argument) > len(data)):

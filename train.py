@@ -67,20 +67,20 @@ from pathlib import Path
 from files import UserError, check, is_dataset_name, open_dataset, prepare_dataset
 
 
-def check_settings():
-    """UserError for a setting out of range."""
-    check(config, "above 0", lambda x: 0 < x < math.inf,
-          "batch_size", "gradient_accumulation_steps", "block_size", "n_layer", "n_head", "n_embd", "max_iters",
-          "learning_rate", "muon_learning_rate", "eval_interval", "eval_tokens", "log_interval", "checkpoint_interval")
-    check(config, "at least 0", lambda x: 0 <= x < math.inf,
-          "seed", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "final_lr_fraction", "patience")
-    check(config, "in [0, 1)", lambda x: 0 <= x < 1, "dropout", "beta1", "beta2")
-    check(config, "below 2 ** 63", lambda x: x < 2 ** 63, "seed")
-    check(config, "'adamw' or 'muon'", lambda x: x in ("adamw", "muon"), "optimizer")
-    check(config, "'float32', 'bfloat16' or 'float16'", lambda x: x in ("float32", "bfloat16", "float16"), "dtype")
-    check(config, "the name of a folder in data/", is_dataset_name, "dataset")
-    check(config, "'ddp' or 'fsdp'", lambda x: x in ("ddp", "fsdp"), "strategy")
-    check(config, f"divisible by n_head ({n_head})", lambda x: x % n_head == 0, "n_embd")
+def check_settings(source=None):
+    """UserError for a setting out of range. source: the file that it comes from, if it is not the command line."""
+    must_be = functools.partial(check, config, source=source)
+    must_be("above 0", lambda x: 0 < x < math.inf, "batch_size", "gradient_accumulation_steps", "block_size", "n_layer",
+            "n_head", "n_embd", "max_iters", "learning_rate", "muon_learning_rate", "eval_interval", "eval_tokens",
+            "log_interval", "checkpoint_interval")
+    must_be("at least 0", lambda x: 0 <= x < math.inf,
+            "seed", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "final_lr_fraction", "patience")
+    must_be("in [0, 1)", lambda x: 0 <= x < 1, "dropout", "beta1", "beta2")
+    must_be("'adamw' or 'muon'", lambda x: x in ("adamw", "muon"), "optimizer")
+    must_be("'float32', 'bfloat16' or 'float16'", lambda x: x in ("float32", "bfloat16", "float16"), "dtype")
+    must_be("the name of a folder in data/", is_dataset_name, "dataset")
+    must_be("'ddp' or 'fsdp'", lambda x: x in ("ddp", "fsdp"), "strategy")
+    must_be(f"divisible by n_head ({n_head})", lambda x: x % n_head == 0, "n_embd")
 
 
 check_settings()
@@ -106,7 +106,7 @@ if init_from == "resume" and (out / "latest.pt").exists():
     source = out / "latest.pt"
     checkpoint = load_checkpoint(source, TO_RESUME)
     not_kept = {"init_from", "out_dir", "prepare", "strategy", *overrides, *["device"] * distributed.is_distributed}
-    config |= {k: v for k, v in checkpoint["config"].items() if k in config and k not in not_kept}
+    config |= checked({k: v for k, v in checkpoint["config"].items() if k in config and k not in not_kept}, source)
     fixed = checkpoint["model_config"] | {"optimizer": checkpoint["config"].get("optimizer", optimizer)}
     tokenizer = checkpoint["tokenizer"]
 elif init_from == "resume" and any(out.glob("*.pt")):
@@ -126,7 +126,7 @@ globals().update(config)
 # The schedule is fixed when a run starts: if it later trains for longer, the rates do not jump.
 config["lr_decay_iters"] = lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 config["warmup_iters"] = warmup_iters = lr_decay_iters // 10 if warmup_iters is None else warmup_iters
-check_settings()
+check_settings(source)
 device = choose_device(device)
 dtype = choose_dtype(device, dtype)
 distributed.start(device, strategy)
@@ -174,7 +174,7 @@ def get_batch(step):
 torch.manual_seed(seed)
 shape = {k: v for k, v in (fixed | config).items() if k in asdict(GPTConfig())}  # settings named as in GPTConfig
 model_config = pretrained.config if pretrained else GPTConfig(**shape | {"vocab_size": meta["vocab_size"]})
-check_training_memory(device, model_config, sequences // world_size, micro_batch, block_size)
+check_training_memory(device, model_config, sequences // world_size, micro_batch, block_size, dtype, strategy)
 raw_model = pretrained or GPT(model_config)
 for_training(raw_model.to(device).train())  # faster layers that compute the same
 if strategy == "fsdp":
@@ -192,8 +192,8 @@ text = {"dataset": dataset} | {k: meta.get(k) for k in ("sha256", "val_tokens", 
 if checkpoint:
     set_state(raw_model, [o for o, _ in optimizers], checkpoint, source)
     check_probe(raw_model, checkpoint, source)
-    scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} if the run was not in float16 so far
-    iter_num, best_val_loss, bad_evals, seconds = (checkpoint[k] for k in
+    scaler.load_state_dict(scaler.state_dict() | checkpoint["scaler"])  # {} if the run was not in float16 so far
+    iter_num, best_val_loss, bad_evals, seconds = (checkpoint.get(k) for k in
                                                    ("iter_num", "best_val_loss", "bad_evals", "seconds"))
     if not has_same_text(checkpoint, text, source, may_differ="dataset" in overrides):
         best_val_loss, bad_evals = None, 0

@@ -33,8 +33,8 @@ def read_settings():
         numbers = [int(depth) for depth in depths.split(",")]
     except ValueError:
         numbers = [0]
-    if min(numbers) < 2:
-        raise UserError(f"depths must be numbers of at least 2, separated by commas, got {depths!r}")
+    if min(numbers) < 2 or max(numbers) > 1000:
+        raise UserError(f"depths must be numbers from 2 to 1000, separated by commas, got {depths!r}")
     return numbers
 
 

@@ -13,17 +13,30 @@ import time
 import zipfile
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
 
-from checkpoint import is_plain_pickle, load_checkpoint, load_model, load_pretrained
+from checkpoint import (
+    TO_RESUME,
+    TO_SAMPLE,
+    Log,
+    is_plain_pickle,
+    load_checkpoint,
+    load_model,
+    load_pretrained,
+    lock_run,
+    move_aside,
+)
 from conftest import ROOT, TEXT, TINY, Project
-from files import UserError, finish_publishing, open_dataset, read_log
+from device import check_generation_memory, check_training_memory
+from files import LOG_COLUMNS, UserError, finish_publishing, open_dataset, read_log
+from model import GPT, GPTConfig
 from test_nanogpt import nested
 from test_prepare import small_pieces
 from test_train import rows, same_run, same_state, step_of_log
-from tokenizer import CharTokenizer, load_tokenizer
+from tokenizer import CharTokenizer, load_tokenizer, read_nanogpt_characters
 
 LONG = [*TINY, "--max_iters=100000", "--eval_interval=1000"]
 
@@ -55,6 +68,37 @@ def test_a_second_run_in_the_same_folder_is_refused(trained):
     assert f"resuming shared after step {step}" in printed  # the lock of a killed process does not hold
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not rename a folder in which a file is open")
+def test_two_runs_that_start_at_once_never_share_a_folder(tmp_path, monkeypatch):
+    """The second starts just before or just after the first one renames an earlier run, or between opening the lock's
+    file and locking it."""
+    out, settings = tmp_path / "out", {"tensorboard": False, "wandb": False}
+    locks, acquire = [], filelock.FileLock.acquire
+    out.mkdir()
+    (out / "best.pt").touch()
+
+    def started_around(folder):
+        with pytest.raises(UserError, match="another run .* is writing to"):
+            lock_run(out)
+        new = move_aside(folder)
+        out.mkdir()
+        locks.append(lock_run(out))
+        return new
+
+    def renamed_between(lock, **how):
+        acquire(lock, **how)
+        out.rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr("checkpoint.move_aside", started_around)
+    with pytest.raises(UserError, match="another run .* is writing to"):
+        Log(out, None, settings)
+    assert (tmp_path / "out.1" / "best.pt").exists()
+    locks.pop().release()
+    monkeypatch.setattr(filelock.FileLock, "acquire", renamed_between)
+    with pytest.raises(UserError, match="has just renamed"):
+        lock_run(out)
+
+
 def test_a_second_prepare_of_the_same_dataset_is_refused(project):
     (project.folder / "a.txt").write_text(TEXT)
     source = (project.folder / "prepare.py").read_text()
@@ -68,6 +112,24 @@ def test_a_second_prepare_of_the_same_dataset_is_refused(project):
     first.kill()
     first.communicate()
     project.run("prepare.py", *how)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_train_py_also_ends_the_prepare_py_that_it_runs(project, name):
+    (project.folder / "prepare.py").write_text("import os, time\nopen('new', 'w').write(str(os.getpid()))\n"
+                                               "os.rename('new', 'pid')\ntime.sleep(20)\n")
+
+    def stop(pid):
+        deadline = time.time() + 60
+        while not (project.folder / "pid").exists() and time.time() < deadline:
+            time.sleep(0.01)
+        os.kill(pid, getattr(signal, name))
+
+    done = project.finish("train.py", "--dataset=new", meanwhile=stop)
+    assert done.returncode == 128 + getattr(signal, name) and not done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((project.folder / "pid").read_text()), signal.SIGKILL)
 
 
 # --- output that goes away ---
@@ -154,6 +216,20 @@ def test_a_file_that_cannot_be_opened_is_not_called_damaged(trained):
     assert "damaged" not in error and f"unreadable{os.sep}latest.pt: " in error
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes in folders")
+@pytest.mark.parametrize("make", [os.mkfifo if os.name != "nt" else None, lambda path: path.symlink_to("/dev/zero"),
+                                  Path.mkdir], ids=["pipe", "device", "folder"])
+@pytest.mark.parametrize("name, read", [
+    ("log.csv", read_log), ("latest.pt", load_checkpoint), ("meta.pkl", read_nanogpt_characters),
+    ("meta.json", lambda path: open_dataset(path.parent)), ("config.json", lambda path: load_pretrained(path.parent))])
+def test_a_pipe_a_device_or_a_folder_in_place_of_a_file_is_named(tmp_path, name, read, make):
+    """Opening a pipe would wait for ever, and /dev/zero has no end."""
+    make(tmp_path / name)
+    with pytest.raises((UserError, IsADirectoryError)) as caught:
+        read(tmp_path / name)
+    assert name in str(caught.value) or caught.value.filename == tmp_path / name
+
+
 @pytest.mark.parametrize("damage", [
     lambda text: text[:-30], lambda text: text + "61,", lambda text: text.replace("\n", "\nnot,a,row\n", 3),
     lambda text: "\ufeff" + text.replace("iter", "step"), lambda text: text + "\0" * 500, lambda text: "",
@@ -176,6 +252,14 @@ def test_a_damaged_log_is_repaired(trained, tmp_path, damage):
         found = list(csv.DictReader(f))
     assert found[-1]["iter"] == "65" and all(row in whole for row in found[:-1])
     assert read_log(folder / "log.csv") == (found, 0)
+
+
+@pytest.mark.parametrize("row", ["1.5,1,1,2", "-3,1,1,2", "1,1,1,-1e308", "1,1,1e300,2"])
+def test_a_row_that_no_run_writes_is_damaged(tmp_path, row):
+    rest = "," * (len(LOG_COLUMNS) - 4) + "\n"
+    (tmp_path / "log.csv").write_text(",".join(LOG_COLUMNS) + "\n" + row + rest + "9,1,1,2" + rest)
+    rows, damaged = read_log(tmp_path / "log.csv")
+    assert [row["iter"] for row in rows] == ["9"] and damaged == 1
 
 
 # --- nothing is overwritten ---
@@ -219,6 +303,16 @@ def test_a_tensor_of_another_type_is_refused(trained, tmp_path, place, change, w
         load_model(tmp_path)
 
 
+def test_logits_that_are_not_finite_are_not_sampled_from(trained, tmp_path):
+    """Though the weights are."""
+    checkpoint = load_checkpoint(trained.folder / "out" / "best.pt")
+    checkpoint["model"]["ln_f.weight"] = torch.full_like(checkpoint["model"]["ln_f.weight"], 3e38)
+    del checkpoint["probe"]
+    torch.save(checkpoint, tmp_path / "best.pt")
+    with pytest.raises(UserError, match="what the model computes is not finite; restore"):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize("damage", [
     lambda o: o["state"]["wte.weight"].update(exp_avg=o["state"]["wte.weight"]["exp_avg"].cfloat()),
     lambda o: next(iter(o["state"].values())).update(momentum_buffer=torch.zeros(3, 5)),
@@ -236,6 +330,37 @@ def test_an_optimizers_averages_that_do_not_fit_are_refused(trained, damage):
     how = ["--init_from=resume", f"--out_dir={folder.name}", "--max_iters=70"]
     error = trained.fails("train.py", *how)
     assert "does not fit" in error or "exp_avg is of torch.complex64" in error
+
+
+# --- files that someone edited ---
+
+@pytest.mark.parametrize("place, value, words", [
+    ("iter_num", -5, "at least 0, but is -5"), ("iter_num", True, "int, but is true"), ("tokens", -1, "at least 0"),
+    ("bad_evals", 1.5, "int, but is 1.5"), ("best_val_loss", float("nan"), "at least 0, but is NaN"),
+    ("seconds", float("nan"), "from 0 to 1e9"), ("seconds", 1e300, "from 0 to 1e9"), ("wandb_id", 5, "str, but is 5"),
+    ("scaler", {"scale": "x"}, "numbers of at least 0"), ("text", {"val_bytes": "x"}, "numbers of at least 0"),
+    ("config", {"seed": []}, "numbers and strings"), ("model_config", {"n_layer": 2.0}, "n_layer must be a positive")])
+def test_a_checkpoints_fields_are_checked(trained, tmp_path, place, value, words):
+    good = load_checkpoint(trained.folder / "out" / "latest.pt", TO_RESUME)
+    torch.save(good | {place: value}, tmp_path / "latest.pt")
+    with pytest.raises(UserError, match=words) as caught:
+        load_checkpoint(tmp_path / "latest.pt", TO_SAMPLE)
+    assert place in str(caught.value) or "n_layer" in value
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("dataset", 5, "dataset expects str, got 5 in"), ("batch_size", -8, "batch_size must be above 0, got -8 in")])
+def test_a_checkpoints_settings_are_checked_as_on_the_command_line(trained, name, value, words):
+    folder = trained.folder / f"edited-{name}"
+    folder.mkdir()
+    checkpoint = load_checkpoint(trained.folder / "out" / "latest.pt")
+    checkpoint["config"][name] = value
+    checkpoint["scaler"] = {"more": 1}
+    torch.save(checkpoint, folder / "latest.pt")
+    how = ["--init_from=resume", f"--out_dir={folder.name}", "--eval_only", "--eval_tokens=64", "--dtype=float16"]
+    assert f"{words} {folder.name}{os.sep}latest.pt; --{name} replaces it" in trained.fails("train.py", *how)
+    good = load_checkpoint(trained.folder / "out" / "latest.pt")["config"][name]
+    trained.run("train.py", *how, f"--{name}={good}")
 
 
 # --- files from strangers ---
@@ -403,8 +528,28 @@ def test_a_size_that_cannot_fit_is_said_before_it_is_allocated(trained, setting)
     assert not (trained.folder / "huge").exists()
 
 
-def test_samples_that_cannot_fit(trained):
-    assert "lower --num_samples" in trained.fails("sample.py", "--num_samples=2000000000")
+@pytest.mark.parametrize("script, arguments, words", [
+    ("sample.py", ["--num_samples=2000000000"], "GB; lower --num_samples"),
+    ("bench_kv.py", ["--out_dir=out", "--prompt=4", "--new_tokens=4", "--batch=2000000000"], "GB; lower --batch")])
+def test_samples_that_cannot_fit(trained, script, arguments, words):
+    assert words in trained.fails(script, *arguments)
+
+
+def test_the_memory_of_generation_and_of_attention_is_counted(monkeypatch):
+    """Exactly what the cache takes, and the weights of attention where fast.py writes them out."""
+    model, cpu = GPT(GPTConfig(block_size=64, vocab_size=100, n_layer=3, n_head=2, n_embd=8)), torch.device("cpu")
+    needed = sum(p.nbytes for p in model.parameters()) + model.new_cache(7, 20).nbytes + 7 * 100 * 12
+    monkeypatch.setattr("device.memory_size", lambda device: needed)
+    check_generation_memory(cpu, model, 7, 20, 0.8, "")
+    monkeypatch.setattr("device.memory_size", lambda device: needed - 1)
+    with pytest.raises(UserError, match="of memory"):
+        check_generation_memory(cpu, model, 7, 20, 0.8, "")
+    monkeypatch.setattr("device.memory_size", lambda device: 4 * 3 * 2 * 64 * 64 * 2)
+    how = 4, 4, 64
+    check_training_memory(cpu, GPTConfig(64, 2, 3, 2, 2), *how, "float32", "ddp")
+    for dropout, dtype in ((0.1, "float32"), (0.0, "bfloat16")):
+        with pytest.raises(UserError, match="of memory"):
+            check_training_memory(cpu, GPTConfig(64, 2, 3, 2, 2, dropout), *how, dtype, "ddp")
 
 
 # --- a fault at every change of a file ---

@@ -293,10 +293,14 @@ def test_a_scaled_attention_kernel_is_found_in_the_flow(monkeypatch, verify_grad
     assert "gradient flow: FAIL; finite differences:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argument, words", [("--depths=6,x", "'6,x'"), ("--depths=1", "at least 2"),
+@pytest.mark.parametrize("argument, words", [("--depths=6,x", "'6,x'"), ("--depths=1", "from 2 to 1000"),
                                              ("--steps=0", "at least 1")])
 def test_errors_of_verify_gradients(project, argument, words):
     assert words in project.fails("verify_gradients.py", argument)
+
+
+def test_fast_py_measures_at_least_once(project):
+    assert "turns must be at least 1, got 0" in project.fails("fast.py", "--turns=0")
 
 
 # --- pictures ---
@@ -324,11 +328,22 @@ def test_plot_errors(trained, arguments, words):
 
 @pytest.mark.parametrize("text, words", [
     ("[", "not JSON"), ("{}", "list of records"), ("[]", "list of records"), ("[3]", "blocks is None"),
-    ('[{"blocks": "Pre-LN", "n_layer": 2, "when": "trained", "block": "x"}]', "block is 'x'")])
+    ('[{"blocks": "Pre-LN", "n_layer": 2, "when": "trained", "block": "x"}]', "block is 'x'"),
+    ('[{"blocks": "Pre-LN", "n_layer": 2, "when": "trained", "block": 1e308}]', "block is 1e+308"),
+    ('[{"blocks": "\\ud800", "n_layer": 2, "when": "trained", "block": 1}]', "not JSON"), ("[" * 10 ** 5, "not JSON")])
 def test_plot_names_a_damaged_file(project, text, words):
     (project.folder / "figures.json").write_text(text)
     error = project.fails("plot.py", "--what=gradients", "--json=figures.json")
     assert words in error and "figures.json" in error
+
+
+def test_plot_draws_any_words_and_refuses_a_picture_that_is_too_large(project):
+    record = {"arguments": ["$\\frac$", "\0"], "dtype": "$x", "device": "y$", "parts": {"a$b$": 1.0}}
+    for name, records in (("a", [record]), ("b", [record | {"parts": {"a": {}}}]), ("c", [record] * 1000)):
+        (project.folder / f"{name}.json").write_text(json.dumps(records))
+    project.run("plot.py", "--what=train", "--json=a.json", "--file=a.svg")
+    assert "parts is {'a': {}}" in project.fails("plot.py", "--what=train", "--json=b.json")
+    assert "pixels, which is too large" in project.fails("plot.py", "--what=train", "--json=c.json")
 
 
 @pytest.mark.parametrize("text", ["", "iter,tokens\n1,2\n", "iter,seconds,loss,train_loss,val_loss\n1,1,x,,\n",
