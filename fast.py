@@ -38,18 +38,27 @@ if __name__ == "__main__":  # settings are read before the heavy imports, so tha
     from files import check
     check(config, "at least 1", lambda x: x >= 1, "turns")
 
+import contextlib
 import copy
 import ctypes
 import functools
+import hashlib
+import inspect
 import math
+import platform
 import statistics
 import sys
+import tempfile
 import time
+import warnings
+import weakref
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from files import write_atomically
 from model import GPT, CausalSelfAttention, GPTConfig, KVCache, causal_mask
 
 # --- attention ---
@@ -108,23 +117,28 @@ class FastDropout(nn.Dropout):
 
 # --- linear layers ---
 
-def one_row(x, weight, scale=None, bias=None):
-    """The linear layer for a single row x (..., in), as a sum. Decoding multiplies one row: two operations for each
-    weight that it reads. Kernels made for many rows stay far below the memory's bandwidth there. The compiler turns
-    this sum into one loop over the weight, in whatever dtype it is stored."""
-    y = (weight.float() * x.float().flatten()).sum(dim=-1)
+FEW = 16  # rows
+
+
+def few_rows(x, weight, scale=None, bias=None):
+    """The linear layer for a few rows x (..., in), as sums. Decoding multiplies one row per sequence: two operations
+    for each weight that it reads. Kernels made for many rows stay far below the memory's bandwidth there. The compiler
+    turns these sums into one loop over the weight, in whatever dtype it is stored."""
+    weight = weight.float()
+    y = torch.stack([(weight * row).sum(dim=-1) for row in x.float().flatten(0, -2)])
     y = y if scale is None else y * scale
     y = y if bias is None else y + bias
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class FastLinear(nn.Linear):
-    """A linear layer that uses oneDNN in float32 if no gradient is needed, and one_row in compiled code."""
+    """A linear layer that uses oneDNN in float32 if no gradient is needed, and few_rows in compiled code."""
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         if torch.compiler.is_compiling():
-            return one_row(x, self.weight, None, self.bias) if x.numel() == x.size(-1) else super().forward(x)
+            few = x.numel() <= FEW * x.size(-1)
+            return few_rows(x, self.weight, None, self.bias) if few else super().forward(x)
         if (x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
                 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")):
             # oneDNN's multiplication in float32 has no public name. F.linear uses it for bfloat16, and MKL for float32.
@@ -183,8 +197,8 @@ class Int8Linear(nn.Linear):
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
-        if torch.compiler.is_compiling() and x.numel() == x.size(-1):
-            return one_row(x, self.weight, self.scale, self.bias)
+        if torch.compiler.is_compiling() and x.numel() <= FEW * x.size(-1):
+            return few_rows(x, self.weight, self.scale, self.bias)
         y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias
 
@@ -203,6 +217,8 @@ class StaticCache(KVCache):
     def mark(self):
         """Tells the compiler that these tensors stay at their addresses, though their contents change. Otherwise it
         does not use CUDA graphs."""
+        if not self.length.is_cuda:
+            return
         for tensor in (*self.k, *self.v, self.length):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
@@ -229,16 +245,122 @@ class StaticCache(KVCache):
         return repeated
 
 
+def compiler_options(dtype):
+    """By default the compiler fuses a layer norm into the linear layer after it, and computes the norm again for every
+    output. An expression of this many operations is computed once and stored. A linear layer has fewer."""
+    return {"realize_opcount_threshold": 12 if dtype == "bfloat16" else 8}
+
+
 @functools.cache
-def compiled_step(on_cuda, dtype):
-    """GPT.decode_one_token, compiled: once for each shape of the cache. On CUDA it becomes a CUDA graph."""
+def step_compiled_here(device, dtype):
+    """The step for one token, compiled in this process for each shape of the cache. On CUDA it becomes a CUDA graph."""
     how = dict(dynamic=False, isolate_recompiles=True, recompile_limit=64)
-    if on_cuda:
-        return torch.compile(GPT.decode_one_token, mode="reduce-overhead", **how)
-    # By default the compiler fuses a layer norm into the linear layer after it, and computes the norm again for every
-    # output. An expression of this many operations is computed once and stored. A linear layer has fewer.
-    how["options"] = {"realize_opcount_threshold": 12 if dtype == "bfloat16" else 8}
-    return torch.compile(GPT.decode_one_token, **how)
+    how |= {"mode": "reduce-overhead"} if device == "cuda" else {"options": compiler_options(dtype)}
+    return torch.compile(Prepared.plain_step, **how)
+
+
+class Step(nn.Module):
+    """The step for one token as a function of tensors, from which the compiler can make a library, which is a file."""
+
+    def __init__(self, model, cache):
+        super().__init__()
+        self.model, self.cache = model, cache
+
+    def forward(self, token, length, k, v):
+        """token (B,), and the tensors of a StaticCache, which change -> logits (B, V)."""
+        cache = copy.copy(self.cache)
+        cache.length, cache.k, cache.v = length, k, v
+        return self.model.plain_step(token, cache)
+
+
+def export_step(model, cache):
+    """The step for caches of this shape as a graph of operators."""
+    example = torch.zeros(cache.k[0].size(0), dtype=torch.long), cache.length, cache.k, cache.v
+    return torch.export.export(Step(model, cache), example, strict=False)
+
+
+def make_library(path, model, cache):
+    """Compiles the step for caches of this shape into a library at `path`. The weights are not in it."""
+    torch._inductor.aoti_compile_and_package(export_step(model, cache), package_path=str(path), inductor_configs={
+        "aot_inductor.package_constants_in_so": False, **compiler_options(model.prepared_as[0])})
+
+
+def load_library(path, model, cache):
+    """The step in the library at `path`: (model, token, cache) -> logits. It reads the weights where the model has
+    them. ValueError if it computes something else than model.py does."""
+    # The documented way to load it, torch._inductor.aoti_load_package, imports the whole compiler, which takes seconds.
+    library = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    library.load_constants({name: tensors[name.removeprefix("model.")].detach()
+                            for name in library.get_constant_fqns()}, False, True, True)
+
+    def step(model, token, cache):
+        # A library does not check the shapes and strides of its inputs.
+        return library.run([token.to(torch.long).contiguous(), cache.length, *cache.k, *cache.v])[0]
+
+    B, capacity = cache.k[0].size(0), cache.capacity
+    caches = model.new_cache(B, capacity), KVCache(model.config, B, capacity, dtype=cache.k[0].dtype)
+    tolerance = 1e-4 if cache.k[0].dtype == torch.float32 else 0.05
+    for i in (0, model.config.vocab_size - 1)[:capacity]:
+        token = torch.full((B,), i)
+        a, b = step(model, token, caches[0]).float(), model.plain_step(token, caches[1]).float()
+        if not (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item()):
+            raise ValueError(f"{path} and model.py differ")
+    return step
+
+
+LIBRARIES = Path(__file__).resolve().parent / "data" / "compiled"
+steps = weakref.WeakKeyDictionary()  # {model: {(batch, capacity): its compiled step}}
+
+
+def library_key(model, cache):
+    """A name that changes with all that the compiled step depends on, except for the values of the weights: the source
+    code of the model's layers, the shapes, PyTorch and the processor, whose instructions another may not have."""
+    classes = {c for module in model.modules() for c in type(module).__mro__ if not c.__module__.startswith("torch.")}
+    files = {inspect.getsourcefile(c) for c in classes if c is not object}
+    code = [Path(file).read_text(encoding="utf-8") for file in sorted(files)]
+    processor = [platform.platform(), platform.processor()]
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:  # Linux
+        processor += sorted({line for line in f if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    shapes = [(name, t.shape, t.dtype) for name, t in (*model.named_parameters(), *model.named_buffers())]
+    parts = (code, processor, torch.__version__, torch.get_num_threads(), str(model), model.config, model.prepared_as,
+             shapes, cache.k[0].shape, cache.k[0].dtype)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def library_step(model, cache):
+    """The compiled step for caches of this shape on a CPU. Its library is kept in data/compiled, so that only the first
+    process compiles it. One that is damaged, or computes something else than model.py, is not used but made anew."""
+    key = library_key(model, cache)
+    for path in LIBRARIES.glob(f"{key}-*.pt2"):
+        with contextlib.suppress(Exception):
+            if hashlib.sha256(path.read_bytes()).hexdigest()[:32] == path.stem[-32:]:
+                return load_library(path, model, cache)
+        path.unlink()
+    with tempfile.TemporaryDirectory() as other, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        print("compiling the step for one token, once for a model of this shape; this takes a while", file=sys.stderr)
+        made = Path(other, "step.pt2")
+        make_library(made, model, cache)
+        step = load_library(made, model, cache)
+        with contextlib.suppress(OSError):  # a disk that is full or read-only costs the next process its time
+            data = made.read_bytes()
+            write_atomically(LIBRARIES / f"{key}-{hashlib.sha256(data).hexdigest()[:32]}.pt2", data)
+    return step
+
+
+def compiled_step(model, cache):
+    """The compiled step for caches of this shape: (model, token, cache) -> logits."""
+    device, dtype = cache.length.device.type, model.prepared_as[0]
+    if device != "cpu":
+        return step_compiled_here(device, dtype)
+    known, shape = steps.setdefault(model, {}), (cache.k[0].size(0), cache.capacity)
+    if shape not in known:
+        try:
+            known[shape] = library_step(model, cache)
+        except Exception:  # a changed model.py, which the compiler cannot export as a whole
+            known[shape] = step_compiled_here(device, dtype)
+    return known[shape]
 
 
 class Prepared:
@@ -265,12 +387,16 @@ class Prepared:
             length = min(self.config.block_size, 2 ** (length - 1).bit_length())
         return StaticCache(self.config, batch_size, length, self.wte.weight.device, self.wte.weight.dtype)
 
+    def plain_step(self, token, cache):
+        """The model's own decode_one_token."""
+        return super().decode_one_token(token, cache)
+
     def decode_one_token(self, token, cache):
         """The plain step or, with a StaticCache, the compiled one."""
         if not isinstance(cache, StaticCache):
-            return super().decode_one_token(token, cache)
-        logits = compiled_step(token.device.type == "cuda", self.prepared_as[0])(self, token, cache)
-        return logits.clone()  # the next run of a CUDA graph writes over its outputs
+            return self.plain_step(token, cache)
+        logits = compiled_step(self, cache)(self, token, cache)
+        return logits.clone() if token.is_cuda else logits  # the next run of a CUDA graph writes over its outputs
 
 
 class PreparedGPT(Prepared, GPT):
