@@ -12,13 +12,16 @@ from files import UserError
 from model import CausalSelfAttention
 
 
-def schedule(step, warmup_iters, decay_iters, final):
-    """The learning rate of a step (from 0) as a share of its peak: linear warmup over warmup_iters steps, then half a
-    cosine down to `final` at step decay_iters, where it stays (Loshchilov & Hutter 2017, SGDR, without restarts)."""
+def schedule(step, warmup_iters, decay_iters, final, curve="cosine"):
+    """The learning rate of a step (from 0) as a share of its peak. It rises linearly over warmup_iters steps. Then it
+    falls to `final` at step decay_iters, where it stays: along half a cosine (Loshchilov & Hutter 2017, SGDR, without
+    restarts) or, with curve="linear", along a line (Defazio et al. 2023, "Optimal linear decay learning rate schedules
+    and further refinements")."""
     if step < warmup_iters:
         return (step + 1) / (warmup_iters + 1)
     progress = min(1.0, (step - warmup_iters) / max(1, decay_iters - warmup_iters))
-    return final + (1.0 - final) * (1.0 + math.cos(math.pi * progress)) / 2.0
+    left = 1.0 - progress if curve == "linear" else (1.0 + math.cos(math.pi * progress)) / 2.0
+    return final + (1.0 - final) * left
 
 
 # --- Muon ---

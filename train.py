@@ -32,6 +32,7 @@ max_iters = 5000                   # optimizer steps
 learning_rate = 1e-3               # AdamW's peak
 muon_learning_rate = 0.02          # Muon's peak
 warmup_iters: int | None = None    # steps in which the rates rise to their peaks; None: a tenth of lr_decay_iters
+lr_decay = "cosine"                # the curve on which they fall again: cosine, or linear, better for short runs
 lr_decay_iters: int | None = None  # the step at which they reach their final values; None: max_iters at the start
 final_lr_fraction = 0.1            # the rates at the end, as a fraction of their peaks
 weight_decay = 0.1                 # on matrices; biases and norms have none
@@ -77,6 +78,7 @@ def check_settings(source=None):
             "seed", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "final_lr_fraction", "patience")
     must_be("in [0, 1)", lambda x: 0 <= x < 1, "dropout", "beta1", "beta2")
     must_be("'adamw' or 'muon'", lambda x: x in ("adamw", "muon"), "optimizer")
+    must_be("'cosine' or 'linear'", lambda x: x in ("cosine", "linear"), "lr_decay")
     must_be("'float32', 'bfloat16' or 'float16'", lambda x: x in ("float32", "bfloat16", "float16"), "dtype")
     must_be("the name of a folder in data/", is_dataset_name, "dataset")
     must_be("'ddp' or 'fsdp'", lambda x: x in ("ddp", "fsdp"), "strategy")
@@ -138,11 +140,9 @@ data_dir = Path(__file__).resolve().parent / "data" / dataset
 distributed.run_on_main_process(prepare_dataset, data_dir, prepare, distributed.finish)  # if it is not there yet
 meta, train_data, val_data = open_dataset(data_dir)
 if len(train_data) <= block_size:
-    raise UserError(f"the training split of {dataset} has {len(train_data)} tokens, too few for a block_size of "
-                    f"{block_size}; lower --block_size or add text")
+    raise UserError(f"{dataset} has {len(train_data)} tokens to train on, too few for a block_size of {block_size}")
 if tokenizer not in (None, meta["tokenizer"]) or fixed.get("vocab_size", meta["vocab_size"]) != meta["vocab_size"]:
-    raise UserError(f"{source} and the dataset {dataset} have different tokenizers; name another dataset, or start "
-                    "from scratch")
+    raise UserError(f"{source} and {dataset} have different tokenizers; name another dataset, or start from scratch")
 
 # Each process gets some micro-steps of an optimizer step or, if they do not divide evenly, some sequences of each.
 sequences, world_size = batch_size * gradient_accumulation_steps, distributed.world_size
@@ -327,7 +327,7 @@ if __name__ == "__main__":
     start_iter, start_seconds, loss, stop = iter_num, seconds, None, 0
     batch, mark, logged_at, logged_seconds = get_batch(iter_num), time.perf_counter(), iter_num, seconds
     while iter_num < max_iters and not stop and not out_of_patience():
-        scale = schedule(iter_num, warmup_iters, lr_decay_iters, final_lr_fraction)
+        scale = schedule(iter_num, warmup_iters, lr_decay_iters, final_lr_fraction, lr_decay)
         for o, peak in optimizers:
             for group in o.param_groups:
                 group["lr"] = peak * scale

@@ -39,10 +39,11 @@ def test_training_longer_does_not_move_the_schedule(trained):
 
 
 def test_a_run_ends_where_its_schedule_does_or_before(trained):
-    trained.run("train.py", *TINY, "--max_iters=20", "--lr_decay_iters=40", "--log_interval=1", "--out_dir=half")
+    how = [*TINY, "--log_interval=1", "--lr_decay=linear"]
+    trained.run("train.py", *how, "--max_iters=20", "--lr_decay_iters=40", "--out_dir=half")
     half = rates(trained.folder / "half")
     trained.run("train.py", "--init_from=resume", "--out_dir=half", "--max_iters=40")
-    trained.run("train.py", *TINY, "--max_iters=40", "--log_interval=1", "--out_dir=full")
+    trained.run("train.py", *how, "--max_iters=40", "--out_dir=full")
     full = rates(trained.folder / "full")
     assert half == full[:20] and rates(trained.folder / "half") == full
 

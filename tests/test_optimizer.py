@@ -23,7 +23,9 @@ def test_schedule(warmup, n, ratio):
         else:
             expected = ratio + (1 - ratio) * (1 + math.cos(math.pi * (i - warmup) / (n - warmup))) / 2
         assert schedule(i, warmup, n, ratio) == pytest.approx(expected, rel=1e-12)
-    assert schedule(n + 5, warmup, n, ratio) == pytest.approx(ratio)
+        line = expected if i < warmup else ratio + (1 - ratio) * (n - i) / (n - warmup)
+        assert schedule(i, warmup, n, ratio, "linear") == pytest.approx(line, rel=1e-12)
+    assert schedule(n + 5, warmup, n, ratio) == schedule(n + 5, warmup, n, ratio, "linear") == pytest.approx(ratio)
 
 
 def test_muon_is_torchs():
