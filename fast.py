@@ -117,15 +117,15 @@ class FastDropout(nn.Dropout):
 
 # --- linear layers ---
 
-FEW = 16  # rows
-
-
 def few_rows(x, weight, scale=None, bias=None):
     """The linear layer for a few rows x (..., in), as sums. Decoding multiplies one row per sequence: two operations
     for each weight that it reads. Kernels made for many rows stay far below the memory's bandwidth there. The compiler
     turns these sums into one loop over the weight, in whatever dtype it is stored."""
-    weight = weight.float()
-    y = torch.stack([(weight * row).sum(dim=-1) for row in x.float().flatten(0, -2)])
+    rows = x.float().flatten(0, -2)
+    # An addition takes longer than it takes to start the next, so four sums are under way at once: those of the rows
+    # or, for a single one, those of four parts of the weight.
+    parts = weight.split(max(1, len(weight) // max(1, 4 // len(rows))))
+    y = torch.stack([torch.cat([(part.float() * row).sum(dim=-1) for part in parts]) for row in rows])
     y = y if scale is None else y * scale
     y = y if bias is None else y + bias
     return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -137,7 +137,8 @@ class FastLinear(nn.Linear):
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         if torch.compiler.is_compiling():
-            few = x.numel() <= FEW * x.size(-1)
+            few = 8 if self.weight.dtype == torch.float32 else 1  # for more rows, the kernel is faster
+            few = x.numel() <= few * x.size(-1)
             return few_rows(x, self.weight, None, self.bias) if few else super().forward(x)
         if (x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
                 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")):
@@ -197,7 +198,7 @@ class Int8Linear(nn.Linear):
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
-        if torch.compiler.is_compiling() and x.numel() <= FEW * x.size(-1):
+        if torch.compiler.is_compiling() and x.numel() <= 8 * x.size(-1):
             return few_rows(x, self.weight, self.scale, self.bias)
         y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias

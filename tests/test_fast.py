@@ -506,7 +506,7 @@ def test_the_key_of_a_compiled_step():
     assert keys[0] == keys[3] and len(set(keys)) == 5  # the weights' values do not count
 
 
-@pytest.mark.parametrize("batch", [1, 2, 16])
+@pytest.mark.parametrize("batch", [1, 2, 8])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_compiled_step_multiplies_few_rows_by_sums(dtype, batch):
     model = for_inference(random_model(0), dtype, compile=True)
