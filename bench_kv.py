@@ -2,6 +2,7 @@
 
     python bench_kv.py                               # the character model and GPT-2 124M, random weights: 4 minutes
     python bench_kv.py --peers --json=kv.json        # also Hugging Face's generate; figures for plot.py --what=kv
+    pip install llama-cpp-python gguf                # then --peers also runs llama.cpp, on the same weights
     python bench_kv.py --model=gpt2 --dtype=bfloat16 --compile=True --prompt=64 --batch=1    # one line of the table
     python bench_kv.py --out_dir=out                 # a trained model, or --init_from=gpt2
 
@@ -20,7 +21,7 @@ prompt: int | None = None      # only this length of the prompt
 batch: int | None = None       # only this batch size
 new_tokens = 100               # tokens to generate
 repeats = 3                    # of each measurement, except for the slow ones
-peers = False                  # also Hugging Face's generate with its cache, in float32
+peers = False                  # also Hugging Face's generate with its cache, in float32, and llama.cpp on a CPU
 json: str | None = None        # a file for the figures: a list of records, one a measurement
 device: str | None = None      # cpu, cuda, mps, xpu; None: the best there is
 seed = 1337                    # of the weights and prompts
@@ -43,7 +44,9 @@ if peers and not (importlib.util.find_spec("transformers") and importlib.util.fi
     raise UserError("--peers needs: pip install transformers safetensors")
 
 import copy
+import itertools
 import json as json_format
+import re
 import shutil
 import statistics
 import sys
@@ -102,6 +105,60 @@ def generate_huggingface(hf, idx):
     ids = hf.generate(idx, max_new_tokens=new_tokens, **how)
     prefill = first - start
     return prefill, [(clock() - first - prefill) / (new_tokens - 1)] * (new_tokens - 1), ids[:, idx.size(1):]
+
+
+GGUF = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}  # llama.cpp's dtypes; Q8_0 has a scale for 32 weights
+GGUF_NAMES = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "h": "blk", "ln_1": "attn_norm",
+              "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
+              "mlp.c_proj": "ffn_down"}
+
+
+def load_llama(gpt, kind, length):
+    """The model in llama.cpp, with matrices of this dtype and room for a text of `length` tokens."""
+    import gguf
+    import llama_cpp
+    config = gpt.config
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        out = gguf.GGUFWriter(os.path.join(folder, "model.gguf"), "gpt2")
+        out.add_tokenizer_model("none")
+        for add, value in ((out.add_vocab_size, config.vocab_size), (out.add_context_length, config.block_size),
+                           (out.add_embedding_length, config.n_embd), (out.add_feed_forward_length, 4 * config.n_embd),
+                           (out.add_block_count, config.n_layer), (out.add_head_count, config.n_head),
+                           (out.add_layer_norm_eps, 1e-5)):
+            add(value)
+        for name, t in gpt.state_dict().items():
+            if name == "lm_head.weight":  # tied to wte, there too
+                continue
+            layer, which = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(?:weight|bias)", name).groups()
+            theirs = (f"blk.{layer}." if layer else "") + GGUF_NAMES[which] + name[name.rindex("."):]
+            of = gguf.GGMLQuantizationType[GGUF[kind] if t.dim() == 2 and which != "wpe" else "F32"]
+            out.add_tensor(theirs, gguf.quants.quantize(t.float().numpy(), of), raw_dtype=of)
+        out.write_header_to_file()
+        out.write_kv_data_to_file()
+        out.write_tensors_to_file()
+        out.close()
+        threads = torch.get_num_threads()
+        return llama_cpp.Llama(os.path.join(folder, "model.gguf"), n_ctx=length, n_threads=threads,
+                               n_threads_batch=threads, verbose=False)
+
+
+def generate_llama(llama, idx):
+    """The same by llama.cpp."""
+    import llama_cpp
+    import numpy as np
+
+    def next_id():
+        logits = llama_cpp.llama_get_logits(llama.ctx)
+        return int(np.ctypeslib.as_array(logits, shape=(llama.n_vocab(),)).argmax())
+
+    llama.reset()
+    times, ids, start = [], [], clock()
+    llama.eval(idx[0].tolist())
+    for _ in range(new_tokens):
+        ids.append(next_id())
+        times.append(clock())
+        llama.eval(ids[-1:])
+    return times[0] - start, [b - a for a, b in itertools.pairwise(times)], torch.tensor([ids])
 
 
 @torch.no_grad()
@@ -187,7 +244,12 @@ def bench(name, gpt, bandwidth):
             save_pretrained(gpt, None, folder)
             hf = GPT2LMHeadModel.from_pretrained(folder).to(device).eval()
         for length in dict.fromkeys(p for *_, p in plan):
-            runs["huggingface", length] = lambda length=length: generate_huggingface(hf, idx[:1, :length])
+            runs["huggingface", "float32", length] = lambda length=length: generate_huggingface(hf, idx[:1, :length])
+        if device.type == "cpu" and all(map(importlib.util.find_spec, ("llama_cpp", "gguf"))):
+            for kind, length in dict.fromkeys((d, p) for d, _, use_cache, b, p in plan if use_cache and b == 1):
+                llama = load_llama(gpt, kind, longest)
+                runs["llama.cpp", kind, length] = lambda llama=llama, length=length: generate_llama(
+                    llama, idx[:1, :length])
 
     torch.compiler.reset()  # drop what was compiled for the model before
     compiled = {}  # seconds of a first text, less those of a later one: the compiler's
@@ -199,7 +261,7 @@ def bench(name, gpt, bandwidth):
     results = {v: [] for v in runs}
     for turn in range(repeats):
         for v, run in runs.items():
-            if turn == 0 or "huggingface" in v or v[2]:  # without the cache: once
+            if turn == 0 or len(v) == 3 or v[2]:  # without the cache: once
                 results[v].append(run())
 
     records, total = [], {}
@@ -207,7 +269,7 @@ def bench(name, gpt, bandwidth):
           f"{'tokens/s':<10}{'of memory':<11}{'compile s':<10}")
     for v, runs_of_v in results.items():
         peer, (kind, is_compiled, use_cache, rows, length) = (
-            ("huggingface", ("float32", False, True, 1, v[1])) if "huggingface" in v else (None, v))
+            (v[0], (v[1], False, True, 1, v[2])) if len(v) == 3 else (None, v))
         prefill = statistics.median(r[0] for r in runs_of_v)
         decode = statistics.median(sum(r[1]) for r in runs_of_v)
         total[v] = prefill + decode

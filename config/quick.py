@@ -1,9 +1,9 @@
-# The quickest way to a GPT: tiny Shakespeare, 3 layers, 0.3M parameters. 10 to 20 seconds on two CPU cores, validation
-# loss 1.90.
+# The quickest way to a GPT: tiny Shakespeare, 2 layers, 0.2M parameters. 7 seconds on two CPU cores of an AMD EPYC
+# (Zen 4), validation loss 1.90.
 dataset = "shakespeare_char"
 n_layer, n_head, n_embd, block_size = 2, 3, 96, 64
 batch_size = 24
-max_iters = 330
+max_iters = 280
 optimizer = "muon"
 learning_rate = 1e-2
 muon_learning_rate = 0.04
@@ -14,5 +14,5 @@ weight_decay = 0.1
 final_lr_fraction = 0.0
 patience = 4
 log_interval = 50
-eval_interval = 165
-checkpoint_interval = 165
+eval_interval = 140
+checkpoint_interval = 140
