@@ -3,7 +3,7 @@
 dataset = "shakespeare_char"
 n_layer, n_head, n_embd, block_size = 2, 3, 96, 64
 batch_size = 24
-max_iters = 280
+max_iters = 310
 optimizer = "muon"
 learning_rate = 1e-2
 muon_learning_rate = 0.04
@@ -14,5 +14,5 @@ weight_decay = 0.1
 final_lr_fraction = 0.0
 patience = 4
 log_interval = 50
-eval_interval = 140
-checkpoint_interval = 140
+eval_interval = 155
+checkpoint_interval = 155
