@@ -19,11 +19,11 @@ if torch.cuda.is_available():
 else:
     n_layer, n_head, n_embd, block_size = 2, 4, 128, 128
     batch_size = 16
-    max_iters = 1850
+    max_iters = 1750
     learning_rate = 7e-3
     muon_learning_rate = 0.02
     lr_decay = "linear"
     warmup_iters = 100
     log_interval = 50
-    eval_interval = 370
-    checkpoint_interval = 370
+    eval_interval = 350
+    checkpoint_interval = 350
