@@ -148,6 +148,7 @@ def generate_llama(llama, idx):
     import numpy as np
 
     def next_id():
+        """The likeliest next token."""
         logits = llama_cpp.llama_get_logits(llama.ctx)
         return int(np.ctypeslib.as_array(logits, shape=(llama.n_vocab(),)).argmax())
 

@@ -122,9 +122,10 @@ def few_rows(x, weight, scale=None, bias=None):
     for each weight that it reads. Kernels made for many rows stay far below the memory's bandwidth there. The compiler
     turns these sums into one loop over the weight, in whatever dtype it is stored."""
     rows = x.float().flatten(0, -2)
-    # An addition takes longer than it takes to start the next, so four sums are under way at once: those of the rows
-    # or, for a single one, those of four parts of the weight.
-    parts = weight.split(max(1, len(weight) // max(1, 4 // len(rows))))
+    # A CPU needs longer for an addition than until it can start the next. So four sums are under way at once: those of
+    # the rows or, for a single row, those of four parts of the weight.
+    together = max(1, 4 // len(rows)) if x.device.type == "cpu" else 1
+    parts = weight.split(max(1, len(weight) // together))
     y = torch.stack([torch.cat([(part.float() * row).sum(dim=-1) for part in parts]) for row in rows])
     y = y if scale is None else y * scale
     y = y if bias is None else y + bias
@@ -137,8 +138,8 @@ class FastLinear(nn.Linear):
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         if torch.compiler.is_compiling():
-            few = 8 if self.weight.dtype == torch.float32 else 1  # for more rows, the kernel is faster
-            few = x.numel() <= few * x.size(-1)
+            most = 8 if x.device.type == "cpu" and self.weight.dtype == torch.float32 else 1  # then kernels are faster
+            few = x.numel() <= most * x.size(-1)
             return few_rows(x, self.weight, None, self.bias) if few else super().forward(x)
         if (x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
                 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")):
