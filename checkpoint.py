@@ -161,7 +161,19 @@ def is_plain_archive(f):
                 and len(names) == len(entries)  # else torch.load might read another data.pkl
                 and sum(entry.file_size for entry in entries) < os.fstat(f.fileno()).st_size  # else they overlap
                 and all(name[5:].isdigit() for name in names if name.startswith("data/"))
-                and pickled.file_size <= 1 << 24 and is_plain_pickle(archive.read(pickled)) and not archive.testzip())
+                and pickled.file_size <= 1 << 24 and is_plain_pickle(archive.read(pickled)) and not archive.testzip()
+                and is_the_same_to_torch(f, archive, pickled))
+
+
+def is_the_same_to_torch(f, archive, pickled):
+    """Whether torch.load, which has a reader of its own, finds what Python's zipfile found: an archive can be made so
+    that two readers see two different ones."""
+    f.seek(0)
+    reader = torch._C.PyTorchFileReader(f)
+    folder = pickled.filename.removesuffix("data.pkl")
+    theirs = {folder + name: reader.get_record_size(name) for name in reader.get_all_records()}
+    return (theirs == {entry.filename: entry.file_size for entry in archive.infolist()}
+            and reader.get_record("data.pkl") == archive.read(pickled))
 
 
 # What a pickle of tensors and plain values is made of, and what it calls besides "torch FloatStorage" and the like.

@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import lzma
+import os
 import re
 import zlib
 from pathlib import Path
@@ -21,6 +22,7 @@ from files import UserError
 
 PIECE = 1 << 20       # roughly this many bytes or characters are read at a time
 RECORD = 1 << 25      # the longest JSON record; a few bytes in a compressed file may stand for one of any length
+UNFOLDED = 3 << 29    # bytes that reading a .parquet file may take, whose pages are compressed
 DICTIONARY = 1 << 29  # bytes that reading an .xz file may take; `xz -9` makes files that need 65 MB
 BRACKETS = 2_000_000  # the most of a JSON record: three bytes of it may become 64 in memory
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lambda raw: io.BufferedReader(XzFile(raw), PIECE)}
@@ -199,25 +201,50 @@ def read_json_array(path):
                 raise UserError(f"{path} is not UTF-8 ({e.reason}); convert it first, for example with iconv") from None
 
 
+@contextlib.contextmanager
+def memory_limit(size):
+    """Lets this process take at most `size` bytes more than it has; what needs more raises MemoryError. Only Linux
+    offers that."""
+    try:
+        import resource
+        with open("/proc/self/status", encoding="ascii") as f:
+            used = 1024 * int(re.search(r"VmData:\s+(\d+)", f.read())[1])
+    except (ImportError, OSError):
+        yield
+        return
+    before, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [limit for limit in (used + size, before, most) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, most))
+
+
 def read_parquet(path, text_key):
     """Yields (row number, value in the column text_key, approximate bytes read so far)."""
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # pyarrow's other pool reserves 1 GB in advance
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(f"{path} can only be read with pyarrow: pip install pyarrow") from None
     try:
-        with ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as table:  # a row group may not fit into memory
+        # A row group may not fit into memory. A page must, and so must all rows of a batch.
+        with memory_limit(UNFOLDED), ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as table:
             if text_key not in table.schema_arrow.names:
                 raise UserError(f"{path} has no column {text_key!r} but {table.schema_arrow.names}; "
                                 "name the one to read with --text_key")
             number, size, total = 0, size_of(path), table.metadata.num_rows
-            for rows in table.iter_batches(batch_size=100, columns=[text_key]):
+            for rows in table.iter_batches(batch_size=10, columns=[text_key]):
                 for value in rows.column(0):
                     number += 1
                     with contextlib.suppress(ValueError, OverflowError):  # then it is a bad record
                         value = value.as_py()
                     yield number, {text_key: value}, size * number // total
+    except MemoryError:  # before the next line, since pyarrow's is also an ArrowException
+        raise UserError(f"{path} takes more than {UNFOLDED >> 20} MB of memory to read; write it with smaller pages "
+                        "and shorter rows") from None
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path} cannot be read as Parquet: {e}") from e
 

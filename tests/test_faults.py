@@ -6,8 +6,10 @@ import gzip
 import io
 import json
 import os
+import pickle
 import shutil
 import signal
+import struct
 import subprocess
 import time
 import zipfile
@@ -488,6 +490,36 @@ def test_an_archive_that_can_be_read_in_two_ways_is_refused(trained, tmp_path, c
         change(archive)
     with zipfile.ZipFile(tmp_path / "best.pt") as archive:
         assert not archive.testzip()
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+        load_model(tmp_path)
+
+
+def test_an_archive_in_which_torch_finds_another_is_refused(trained, tmp_path):
+    """Two lists of records side by side: zipfile looks for the list right before the end, PyTorch where the end says
+    that the list begins."""
+    torch.save(load_checkpoint(trained.folder / "out" / "best.pt"), tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    bodies, lists = [], []
+    for pickled in (pickle.dumps({"model": 1}, 2), records["good/data.pkl"]):  # for PyTorch, for zipfile
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            before = sum(map(len, (*bodies, *lists)))
+            for name, data in (records | {"good/data.pkl": pickled}).items():
+                archive.writestr(name, data)
+            start = archive.fp.tell()
+            for entry in archive.filelist:
+                entry.header_offset += before if not lists else before - 2 * len(lists[0])
+        bodies.append(buffer.getvalue()[:start])
+        lists.append(buffer.getvalue()[start:-22])
+    first, second = lists
+    assert len(first) == len(second)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, len(records), len(records), len(first), sum(map(len, bodies)), 0)
+    path = tmp_path / "best.pt"
+    path.write_bytes(b"".join((*bodies, first, second, end)))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("good/data.pkl") == records["good/data.pkl"] and not archive.testzip()
+    assert torch.load(path, weights_only=True) == {"model": 1}
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
         load_model(tmp_path)
 

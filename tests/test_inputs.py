@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from conftest import TEXT
+from conftest import ROOT, TEXT
 from files import UserError
 from readers import opened, read_documents
 from test_prepare import ids_of, read, small_pieces
@@ -68,6 +69,31 @@ def test_xz_that_asks_for_memory(tmp_path):
     path.write_bytes(lzma.compress(text) + huge[:12] + head + huge[24:])
     with pytest.raises(UserError, match="limit exceeded.; decompress it first"), opened(path) as (f, _):
         f.read()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
+@pytest.mark.parametrize("rows, settings", [([100 << 20], {"use_dictionary": False}),
+                                            ([12 << 20] * 10, {"dictionary_pagesize_limit": 1 << 30})])
+def test_parquet_that_unfolds(tmp_path, monkeypatch, rows, settings):
+    """A page of a few bytes may stand for gigabytes of one letter, and so may a dictionary to which each row refers."""
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": pyarrow.array("a" * n for n in rows)})
+    pyarrow.parquet.write_table(table, path, compression="zstd", **settings)
+    assert path.stat().st_size < 1 << 16
+    # In processes of their own, since pyarrow keeps memory that it has had, and may use it again.
+    code = """if True:
+        import collections, resource, sys, readers
+        readers.UNFOLDED = int(sys.argv[2]) << 20
+        try:
+            found = readers.read_documents(readers.Path(sys.argv[1]), "text", [], collections.Counter())
+            print([sum(len(text) for text, _ in document) for document in found])
+        except readers.UserError as e:
+            print(e)
+        print(resource.getrlimit(resource.RLIMIT_DATA)[0])"""
+    for limit, words in ((800, str(rows)), (100, f"{path} takes more than 100 MB of memory to read; write it with "
+                                                  "smaller pages and shorter rows")):
+        done = subprocess.run([sys.executable, "-c", code, path, str(limit)], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.split("\n")[:2] == [words, "-1"], done.stderr
 
 
 @pytest.mark.parametrize("kind", ["ms", "us", "ns"])
