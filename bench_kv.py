@@ -82,10 +82,10 @@ def time_of(function):
 # --- one measurement ---
 
 def generate(gpt, idx, use_cache=True):
-    """Greedy text, after a short one to warm up -> seconds until the first new token, seconds for each of the others,
+    """Greedy text, after two tokens to warm up -> seconds until the first new token, seconds for each of the others,
     the new ids (B, n)."""
     if use_cache:  # the first use of weights that were idle is slow
-        gpt.generate(idx, 2, temperature=0)
+        list(itertools.islice(gpt.stream(idx, new_tokens, temperature=0), 2))
     times, tokens, mark = [], [], clock()
     for token in gpt.stream(idx, new_tokens, temperature=0, use_cache=use_cache):
         now = clock()
@@ -182,7 +182,8 @@ def token_time_at(gpt, position):
 
 
 def memory_bandwidth():
-    """Bytes a second at which this machine reads memory: the sum of 400 MB, the best of ten."""
+    """Bytes a second at which this machine reads memory now: the sum of 400 MB, the best of ten. On a shared machine it
+    changes from one second to the next."""
     x = torch.ones(100_000_000, device=device)
     return x.nbytes / min(time_of(x.sum) for _ in range(10))
 
@@ -222,7 +223,7 @@ def variants(config):
             yield variant
 
 
-def bench(name, gpt, bandwidth):
+def bench(name, gpt):
     """Measures one model, prints its table, returns its records and whether it passes."""
     config = gpt.config
     plan = list(variants(config))
@@ -231,7 +232,7 @@ def bench(name, gpt, bandwidth):
         raise UserError(f"a prompt of {longest - new_tokens} and {new_tokens} new tokens exceed the block_size of "
                         f"{name}, {config.block_size}; lower --prompt or --new_tokens")
     print(f"\n{name}: {gpt.num_parameters():,} parameters, block_size {config.block_size}, {device}, "
-          f"{torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s")
+          f"{torch.get_num_threads()} threads, memory read at {memory_bandwidth() / 1e9:.1f} GB/s")
     gpts = {(d, c): for_inference(copy.deepcopy(gpt), d, c) for d, c in {(d, c) for d, c, *_ in plan}}
     for d, c, use_cache, b, p in plan:
         if use_cache:
@@ -263,7 +264,7 @@ def bench(name, gpt, bandwidth):
     for turn in range(repeats):
         for v, run in runs.items():
             if turn == 0 or len(v) == 3 or v[2]:  # without the cache: once
-                results[v].append(run())
+                results[v].append((*run(), memory_bandwidth() if len(v) == 5 and v[2] else None))
 
     records, total = [], {}
     print(f"\n{'':<12}{'dtype':<10}{'mode':<10}{'cache':<7}{'batch':<7}{'prompt':<8}{'prefill s':<11}{'decode s':<10}"
@@ -277,7 +278,8 @@ def bench(name, gpt, bandwidth):
         if v in compiled:
             compiled[v] -= total[v]
         speed = rows * (new_tokens - 1) / decode
-        read = None if peer or not use_cache else (weight_bytes(gpts[v[:2]]) * (new_tokens - 1) / decode) / bandwidth
+        read = None if peer or not use_cache else statistics.median(
+            weight_bytes(gpts[v[:2]]) * (new_tokens - 1) / sum(r[1]) / r[3] for r in runs_of_v)
         records.append({"model": name, "peer": peer, "dtype": kind, "compile": is_compiled, "use_cache": use_cache,
                         "batch": rows, "prompt": length, "new_tokens": new_tokens, "tokens_per_second": speed,
                         "prefill_seconds": prefill, "decode_seconds": decode, "compile_seconds": compiled.get(v),
@@ -337,9 +339,9 @@ if init_from or out_dir:
     gpts = {init_from or out_dir: load_pretrained(init_from)[0] if init_from else load_model(out_dir)[0]}
 else:
     gpts = {name: GPT(config) for name, config in MODELS.items() if model in (None, name)}
-bandwidth, records, good = memory_bandwidth(), [], True
+records, good = [], True
 for name, gpt in gpts.items():
-    found, passed = bench(name, gpt.to(device).eval(), bandwidth)
+    found, passed = bench(name, gpt.to(device).eval())
     records, good = records + found, good and passed
 if json:
     write_atomically(json, json_format.dumps(records, indent=1).encode())
