@@ -247,7 +247,8 @@ def bench(name, gpt):
             hf = GPT2LMHeadModel.from_pretrained(folder).to(device).eval()
         for length in dict.fromkeys(p for *_, p in plan):
             runs["huggingface", "float32", length] = lambda length=length: generate_huggingface(hf, idx[:1, :length])
-        if device.type == "cpu" and all(map(importlib.util.find_spec, ("llama_cpp", "gguf"))):
+        # llama.cpp's GPT-2 always has biases.
+        if device.type == "cpu" and config.bias and all(map(importlib.util.find_spec, ("llama_cpp", "gguf"))):
             for kind, length in dict.fromkeys((d, p) for d, _, use_cache, b, p in plan if use_cache and b == 1):
                 llama = load_llama(gpt, kind, longest)
                 runs["llama.cpp", kind, length] = lambda llama=llama, length=length: generate_llama(
