@@ -184,8 +184,7 @@ def token_time_at(gpt, position):
 def memory_bandwidth():
     """Bytes a second at which this machine reads memory now: the sum of 400 MB, the best of ten. On a shared machine it
     changes from one second to the next."""
-    x = torch.ones(100_000_000, device=device)
-    return x.nbytes / min(time_of(x.sum) for _ in range(10))
+    return numbers.nbytes / min(time_of(numbers.sum) for _ in range(10))
 
 
 def weight_bytes(gpt):
@@ -253,6 +252,9 @@ def bench(name, gpt):
                 llama = load_llama(gpt, kind, longest)
                 runs["llama.cpp", kind, length] = lambda llama=llama, length=length: generate_llama(
                     llama, idx[:1, :length])
+
+    # Those of one dtype come one after the other, since a shared machine is faster at some times than at others.
+    runs = dict(sorted(runs.items(), key=lambda item: list(GGUF).index(item[0][len(item[0]) == 3])))
 
     torch.compiler.reset()  # drop what was compiled for the model before
     compiled = {}  # seconds of a first text, less those of a later one: the compiler's
@@ -340,7 +342,7 @@ if init_from or out_dir:
     gpts = {init_from or out_dir: load_pretrained(init_from)[0] if init_from else load_model(out_dir)[0]}
 else:
     gpts = {name: GPT(config) for name, config in MODELS.items() if model in (None, name)}
-records, good = [], True
+numbers, records, good = torch.ones(100_000_000, device=device), [], True
 for name, gpt in gpts.items():
     found, passed = bench(name, gpt.to(device).eval())
     records, good = records + found, good and passed
