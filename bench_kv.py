@@ -1,6 +1,6 @@
 """What the key-value cache buys in time, what it costs in memory, and how near decoding comes to the memory bandwidth.
 
-    python bench_kv.py                               # the character model and GPT-2 124M, random weights: 4 minutes
+    python bench_kv.py                               # the character model and GPT-2 124M, random weights: 8 minutes
     python bench_kv.py --peers --json=kv.json        # also Hugging Face's generate; figures for plot.py --what=kv
     pip install llama-cpp-python gguf                # then --peers also runs llama.cpp, on the same weights
     python bench_kv.py --model=gpt2 --dtype=bfloat16 --compile=True --prompt=64 --batch=1    # one line of the table

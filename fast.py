@@ -6,14 +6,14 @@
 Both change the model in place and return it: a layer gets a subclass that computes the same from the same weights.
 
     layer of model.py      becomes           because                                                        gain
-    CausalSelfAttention    FusedAttention    PyTorch's fused kernel never stores the T x S scores           1.7x
-                                             (but a CPU in bfloat16 trains faster with the plain code)      1.2x
-    nn.Dropout on a CPU    FastDropout       16 random bits decide as well as a float, and cost less        2.1x
-    nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.2x
-                           PackedLinear      its weight is stored in the order in which oneDNN reads it     1.9x
-    nn.Linear              Int8Linear        a weight takes one byte instead of four                        3.6x
+    CausalSelfAttention    FusedAttention    PyTorch's fused kernel never stores the T x S scores           1.8x
+                                             (but a CPU in bfloat16 trains faster with the plain code)      1.1x
+    nn.Dropout on a CPU    FastDropout       16 random bits decide as well as a float, and cost less        1.5x
+    nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.3x
+                           PackedLinear      its weight is stored in the order in which oneDNN reads it     1.4x
+    nn.Linear              Int8Linear        a weight takes one byte instead of four                        5.1x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              unmeasured
-    decode_one_token       compiled          one loop reads each weight once, whatever its dtype            1.4x
+    decode_one_token       compiled          one loop reads each weight once, whatever its dtype            1.5x
     memory on Linux        kept              what is freed and needed again does not go back to the system  2.0x
 
     python fast.py   # measures these gains, but the last, on this machine

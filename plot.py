@@ -229,7 +229,7 @@ def plot_kv():
     fig, axes = plt.subplots(len(names), 1, figsize=(8, 0.5 + 0.45 * len(records)), squeeze=False, layout="constrained")
     for ax, name in zip(axes[:, 0], names, strict=True):
         own = sorted((r for r in records if r["model"] == name), key=lambda r: r["tokens_per_second"])
-        labels = [r["peer"] or f"{'compiled' if r['compile'] else 'eager'} {r['dtype']}"
+        labels = [f"{r['peer'] or ('compiled' if r['compile'] else 'eager')} {r['dtype']}"
                   + ("" if r["use_cache"] else ", no cache") for r in own]
         colors = ["C1" if r["peer"] else "C0" if r["use_cache"] else "grey" for r in own]
         ax.bar_label(ax.barh(labels, [r["tokens_per_second"] for r in own], color=colors), fmt=" %.0f")
