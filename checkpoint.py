@@ -247,6 +247,8 @@ def upgrade(checkpoint):
         config |= {"final_lr_fraction": 0.1 if lowest is None or not peak else lowest / peak,
                    "lr_decay_iters": config.get("max_iters")}
         checkpoint["format_version"] = 3
+    if isinstance(config, dict):
+        config.setdefault("lr_decay", "cosine")  # there was no other
 
 
 def model_config(fields, path):

@@ -6,6 +6,7 @@
 """
 import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -115,6 +116,12 @@ def check(config, expected, is_good, *names, source=None):
 
 META = {"vocab_size": (int, at_least(1)), "dtype": (str, one_of("uint16", "uint32")), "tokenizer": (dict, None),
         "train_tokens": (int, at_least(2)), "val_tokens": (int, at_least(2))}
+
+
+def bits_per_byte(loss, meta):
+    """A validation loss in nats per token -> " (x bits per byte)", which compares models with different tokenizers."""
+    bytes_per_token = meta.get("val_bytes", 0) / meta["val_tokens"]
+    return f" ({loss / math.log(2) / bytes_per_token:.4f} bits per byte)" if bytes_per_token else ""
 
 
 def is_dataset_name(name):

@@ -2,7 +2,7 @@
 
     python train.py config/train_shakespeare_char.py                     # a recipe
     python train.py config/quick.py --dropout=0.1 --max_iters=300        # a recipe with other settings
-    python train.py --dataset=mine --n_layer=4 --n_head=4 --n_embd=128   # your own text, once prepare.py has read it
+    python train.py --dataset=mine                                       # your own text, once prepare.py has read it
     python train.py --init_from=resume                                   # go on where the run in out/ stopped
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py   # 8 processes, one for each GPU
 
@@ -10,37 +10,37 @@ Writes out/latest.pt (to resume), out/best.pt (the lowest validation loss, to sa
 """
 import os
 
-# the run
+# The run. Settings that are None, and say no more about it, are chosen by defaults.py to fit the text.
 out_dir = "out"                    # where checkpoints and the log go; an earlier run there is renamed to out.1, ...
 init_from = "scratch"              # scratch, resume, or weights: gpt2, ..., gpt2-xl, the folder of a run or of a GPT-2
 seed = 1337                        # every random choice of the run follows from it
 # data
 dataset = "shakespeare_char"       # a folder in data/, made by prepare.py
 prepare = ""                       # more arguments for prepare.py, which makes a missing dataset: "--val_fraction=0.01"
-batch_size = 12                    # sequences in a micro-step: one forward and backward pass
+batch_size: int | None = None      # sequences in a micro-step: one forward and backward pass
 gradient_accumulation_steps = 1    # micro-steps in an optimizer step
-block_size = 64                    # tokens in a sequence
+block_size: int | None = None      # tokens in a sequence
 # model
-n_layer = 6                        # blocks
-n_head = 6                         # attention heads in a block
-n_embd = 384                       # width of the residual stream
+n_layer: int | None = None         # blocks
+n_head: int | None = None          # attention heads in a block
+n_embd: int | None = None          # width of the residual stream
 dropout = 0.0                      # share of activations set to zero in training, against overfitting
 bias = False                       # biases in linear layers and norms
 # optimizer
-optimizer = "adamw"                # adamw, or muon: Muon for the blocks' matrices, AdamW for the rest
-max_iters = 5000                   # optimizer steps
-learning_rate = 1e-3               # AdamW's peak
+optimizer: str | None = None       # adamw, or muon: Muon for the blocks' matrices, AdamW for the rest
+max_iters: int | None = None       # optimizer steps
+learning_rate: float | None = None  # AdamW's peak
 muon_learning_rate = 0.02          # Muon's peak
 warmup_iters: int | None = None    # steps in which the rates rise to their peaks; None: a tenth of lr_decay_iters
-lr_decay = "cosine"                # the curve on which they fall again: cosine, or linear, better for short runs
+lr_decay = "linear"                # the curve on which they fall again: linear, or cosine
 lr_decay_iters: int | None = None  # the step at which they reach their final values; None: max_iters at the start
-final_lr_fraction = 0.1            # the rates at the end, as a fraction of their peaks
+final_lr_fraction = 0.0            # the rates at the end, as a fraction of their peaks
 weight_decay = 0.1                 # on matrices; biases and norms have none
 beta1 = 0.9                        # AdamW's decay of the running mean of the gradient
-beta2 = 0.95                       # and of the squared gradient; nearer 1 for small batches
+beta2 = 0.99                       # and of the squared gradient; 0.95 for large batches
 grad_clip = 1.0                    # largest norm of the gradient; 0.0: no clipping
 # evaluation, log and checkpoints
-eval_interval = 250                # steps between evaluations; one before the first step and one after the last, too
+eval_interval: int | None = None   # steps between evaluations; one before the first step and one after the last, too
 eval_tokens = 2_000_000            # tokens of each split that an evaluation reads, at most
 eval_only = False                  # evaluate the model once and stop; no log, no checkpoint
 patience: int | None = None        # stop after this many evaluations without a lower validation loss; None: never
@@ -65,7 +65,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from files import UserError, check, is_dataset_name, open_dataset, prepare_dataset
+from files import UserError, bits_per_byte, check, is_dataset_name, open_dataset, prepare_dataset
 
 
 def check_settings(source=None):
@@ -82,7 +82,7 @@ def check_settings(source=None):
     must_be("'float32', 'bfloat16' or 'float16'", lambda x: x in ("float32", "bfloat16", "float16"), "dtype")
     must_be("the name of a folder in data/", is_dataset_name, "dataset")
     must_be("'ddp' or 'fsdp'", lambda x: x in ("ddp", "fsdp"), "strategy")
-    must_be(f"divisible by n_head ({n_head})", lambda x: x % n_head == 0, "n_embd")
+    must_be(f"divisible by n_head ({n_head})", lambda x: not n_head or x % n_head == 0, "n_embd")
 
 
 check_settings()
@@ -93,6 +93,7 @@ import torch
 import distributed
 from checkpoint import TO_RESUME, Log, check_probe, format_seconds, get_state, has_same_text, load_checkpoint
 from checkpoint import load_pretrained, probe, save_checkpoint, set_state
+from defaults import choose_settings
 from device import can_compile, check_training_memory, choose_device, choose_dtype, peak_flops, peak_memory, to_device
 from distributed import all_reduce_sum, print_once
 from fast import for_training
@@ -125,9 +126,6 @@ for name, value in fixed.items():
         raise UserError(f"{source} has {name}={value}, not {overrides[name]}; leave it out, or start from scratch")
 config |= {k: v for k, v in fixed.items() if k in config and k not in overrides}
 globals().update(config)
-# The schedule is fixed when a run starts: if it later trains for longer, the rates do not jump.
-config["lr_decay_iters"] = lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
-config["warmup_iters"] = warmup_iters = lr_decay_iters // 10 if warmup_iters is None else warmup_iters
 check_settings(source)
 device = choose_device(device)
 dtype = choose_dtype(device, dtype)
@@ -139,6 +137,12 @@ distributed.check_same(checkpoint["iter_num"] if checkpoint else 0, f"checkpoint
 data_dir = Path(__file__).resolve().parent / "data" / dataset
 distributed.run_on_main_process(prepare_dataset, data_dir, prepare, distributed.finish)  # if it is not there yet
 meta, train_data, val_data = open_dataset(data_dir)
+chosen = choose_settings(config, len(train_data), meta["vocab_size"], device, finetune=pretrained is not None)
+globals().update(chosen)
+# The schedule is fixed when a run starts: if it later trains for longer, the rates do not jump.
+lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
+warmup_iters = lr_decay_iters // 10 if warmup_iters is None else warmup_iters
+config |= chosen | {"lr_decay_iters": lr_decay_iters, "warmup_iters": warmup_iters}
 if len(train_data) <= block_size:
     raise UserError(f"{dataset} has {len(train_data)} tokens to train on, too few for a block_size of {block_size}")
 if tokenizer not in (None, meta["tokenizer"]) or fixed.get("vocab_size", meta["vocab_size"]) != meta["vocab_size"]:
@@ -234,12 +238,6 @@ def evaluate(data, evenly=False):
     return all_reduce_sum(total) / n
 
 
-def bits_per_byte(loss):
-    """A validation loss in nats per token -> " (x bits per byte)", which compares models with different tokenizers."""
-    bytes_per_token = meta.get("val_bytes", 0) / meta["val_tokens"]
-    return f" ({loss / math.log(2) / bytes_per_token:.4f} bits per byte)" if bytes_per_token else ""
-
-
 def evaluate_and_keep_best():
     """Evaluates the model and prints the losses. If the validation loss is the lowest so far, writes best.pt."""
     global best_val_loss, bad_evals, eval_seconds
@@ -248,7 +246,7 @@ def evaluate_and_keep_best():
     eval_seconds = time.perf_counter() - start
     improved = best_val_loss is None or val_loss < best_val_loss
     print_once(f"step {iter_num}/{max_iters}  train loss {train_loss:.4f}  validation loss {val_loss:.4f}"
-               f"{bits_per_byte(val_loss)}{', the lowest so far' if improved and iter_num else ''}")
+               f"{bits_per_byte(val_loss, meta)}{', the lowest so far' if improved and iter_num else ''}")
     check_finite(train_loss, val_loss)
     # A validation loss that rises while the training loss falls is overfitting: the model learns the text by heart.
     # best.pt keeps the model from before that, and patience ends the run.
@@ -303,6 +301,8 @@ def check_finite(*losses):
 
 
 if __name__ == "__main__":
+    if chosen:
+        print_once(f"chosen to fit {dataset}: {' '.join(f'--{name}={value}' for name, value in chosen.items())}")
     tokens_per_step = sequences * block_size
     print_once(f"{raw_model.num_parameters():,} parameters ({raw_model.num_parameters(embeddings=False):,} without "
                f"embeddings) on {device} in {dtype}{', compiled' if compile else ''}; {max_iters} steps of "
@@ -377,5 +377,5 @@ if __name__ == "__main__":
     else:
         memory = f"at most {peak_memory(device) / 1e9:.2f} GB of memory, " if peak_memory(device) else ""
         print_once(f"done in {format_seconds(seconds)} of training, {memory}lowest validation loss {best_val_loss:.4f}"
-                   f"{bits_per_byte(best_val_loss)}; next: python sample.py{where}")
+                   f"{bits_per_byte(best_val_loss, meta)}; next: python sample.py{where}")
     distributed.finish(128 + stop if stop else 0)

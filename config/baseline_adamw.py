@@ -5,6 +5,7 @@ batch_size = 12
 max_iters = 2000
 optimizer = "adamw"
 learning_rate = 1e-3
+lr_decay = "cosine"
 final_lr_fraction = 0.1
 beta2 = 0.99
 warmup_iters = 100

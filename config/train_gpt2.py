@@ -22,6 +22,7 @@ gradient_accumulation_steps = 5 * 8    # over all processes: their number should
 max_iters = 600_000
 optimizer = "adamw"
 learning_rate = 6e-4
+lr_decay = "cosine"
 final_lr_fraction = 0.1
 warmup_iters = 2000
 beta1, beta2 = 0.9, 0.95

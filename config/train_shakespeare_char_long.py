@@ -8,6 +8,7 @@ max_iters = 6000
 optimizer = "muon"
 learning_rate = 5e-3
 muon_learning_rate = 0.015
+lr_decay = "cosine"
 final_lr_fraction = 0.0
 warmup_iters = 200
 beta2 = 0.99

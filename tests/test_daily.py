@@ -11,6 +11,7 @@ import torch
 
 from checkpoint import load_checkpoint, load_model
 from conftest import TEXT, TINY
+from defaults import choose_settings
 from test_train import rows
 
 
@@ -254,3 +255,28 @@ def test_ids_may_be_lists_and_integers_of_any_width(trained):
     with pytest.raises(ValueError, match="exceeds block_size"):
         model.attention_maps(torch.zeros(1, 33, dtype=torch.long))
     assert model.training
+
+
+def test_sizes_that_nobody_names_fit_the_text(project):
+    """A long text gets a larger model than a short one. What is named stays, and a resumed run keeps its choice."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    names = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters", "optimizer", "learning_rate",
+             "eval_interval")
+    for vocab_size in (65, 50257):
+        for device in (cpu, gpu):
+            small, large = (choose_settings(dict.fromkeys(names), tokens, vocab_size, device, False)
+                            for tokens in (10 ** 4, 10 ** 8))
+            assert small.keys() == large.keys() == set(names) and small["n_embd"] < large["n_embd"]
+            assert all(chosen["n_embd"] % chosen["n_head"] == 0 for chosen in (small, large))
+    odd = choose_settings(dict.fromkeys(names) | {"n_embd": 50}, 20, 65, cpu, False)
+    assert (odd["n_head"], odd["block_size"], "n_embd" in odd) == (1, 5, False)
+
+    (project.folder / "short.txt").write_text(TEXT)
+    project.run("prepare.py", "--dataset=short", "--input=short.txt")
+    printed = project.run("train.py", "--dataset=short", "--max_iters=2", "--n_layer=1")
+    assert printed.startswith("chosen to fit short: --batch_size=8 --block_size=64 --n_head=4 --n_embd=128 ")
+    assert "n_layer" not in printed and "max_iters" not in printed.splitlines()[0]
+    printed = project.run("train.py", "--init_from=resume", "--max_iters=3")
+    assert "chosen" not in printed and "step 3/3" in printed
+    printed = project.run("train.py", "--init_from=out", "--dataset=short", "--out_dir=tuned", "--max_iters=1")
+    assert printed.startswith("chosen to fit short: --batch_size=8 --optimizer=adamw --learning_rate=0.0001 ")

@@ -25,7 +25,8 @@ DEVICES = {"A100": {"EMULATED_GPU": "NVIDIA A100-SXM4-80GB", "EMULATED_CAPABILIT
            "T4": {"EMULATED_GPU": "Tesla T4", "EMULATED_CAPABILITY": "7.5"}, "Mac": {"EMULATE": "mps"}}
 DTYPES = {"A100": "bfloat16", "H100": "bfloat16", "T4": "float16", "Mac": "bfloat16"}  # the fastest that is safe
 SMALL = ["--dataset=tiny", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=8",
-         "--eval_interval=4", "--log_interval=2", "--checkpoint_interval=4", "--max_iters=8", "--eval_tokens=320"]
+         "--eval_interval=4", "--log_interval=2", "--checkpoint_interval=4", "--max_iters=8", "--eval_tokens=320",
+         "--optimizer=adamw", "--learning_rate=1e-3"]
 on_all_devices = pytest.mark.parametrize("device", DEVICES)
 
 

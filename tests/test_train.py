@@ -301,7 +301,7 @@ def test_a_new_key_of_the_config_is_a_setting(project):
     source = source.replace("4 * config.n_embd", "config.width * config.n_embd")
     (project.folder / "model.py").write_text(source)
     source = (project.folder / "train.py").read_text()
-    source = source.replace("dropout = 0.0 ", "width = 4  # of the MLP\ndropout = 0.0 ")
+    source = source.replace("bias = False ", "width = 4  # of the MLP\nbias = False ")
     (project.folder / "train.py").write_text(source)
     project.run("train.py", *TINY, "--width=3", "--max_iters=2")
     project.run("train.py", "--init_from=resume", "--max_iters=4")

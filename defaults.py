@@ -1,0 +1,41 @@
+"""What train.py chooses for the settings that nobody has named: sizes, steps and rates that fit the text.
+
+    python train.py --dataset=mine              # prints what it chose
+    python train.py --dataset=mine --n_layer=4  # the same choice, but with 4 layers
+
+More text deserves a larger model, a longer context and more steps. Those for characters on a CPU come from trials on
+two cores with texts of 50 KB, 1 MB and 20 MB. Those for byte pairs and for a GPU have not been tried.
+"""
+import math
+
+# For texts of up to this many tokens; "steps" is max_iters.
+COLUMNS = "tokens", "n_layer", "n_embd", "block_size", "batch_size", "steps"
+ON_A_CPU = [(200_000, 2, 128, 64, 8, 700),
+            (5_000_000, 2, 128, 128, 16, 1750),
+            (math.inf, 3, 192, 256, 16, 2000)]
+# A vocabulary of byte pairs is large, so the last layer takes most of the time: fewer tokens in a step.
+BYTE_PAIRS_ON_A_CPU = [(50_000, 2, 128, 64, 8, 150),
+                       (1_500_000, 2, 128, 64, 16, 800),
+                       (math.inf, 3, 192, 128, 16, 1500)]
+ON_A_GPU = [(200_000, 4, 256, 128, 32, 600),
+            (5_000_000, 6, 384, 256, 64, 2000),
+            (math.inf, 8, 512, 256, 128, 5000)]
+
+
+def choose_settings(config, tokens, vocab_size, device, finetune):
+    """Values for those settings of train.py that are None. tokens: in the training split. finetune: whether training
+    starts from the weights of a trained model, which decide the sizes."""
+    table = ON_A_GPU if device.type != "cpu" else ON_A_CPU if vocab_size < 5000 else BYTE_PAIRS_ON_A_CPU
+    row = dict(zip(COLUMNS, next(row for row in table if tokens <= row[0]), strict=True))
+    given = {name: value for name, value in config.items() if value is not None}
+    width = given.get("n_embd", row["n_embd"])
+    context = given.get("block_size", max(1, min(row["block_size"], tokens // 4)))
+    optimizer = given.get("optimizer", "adamw" if finetune else "muon")
+    best = row | {"block_size": context, "optimizer": optimizer, "max_iters": row["steps"],
+                  "n_head": max(n for n in range(1, max(1, width // 32) + 1) if width % n == 0),
+                  "learning_rate": 1e-4 if finetune else 1e-3 if optimizer == "adamw" else round(0.9 / width, 4)}
+    if finetune:  # perhaps a large model: as many tokens in a step as in the table, and at most three epochs
+        best["batch_size"] = max(1, row["batch_size"] * row["block_size"] // context)
+        best["max_iters"] = max(1, min(row["steps"], 3 * tokens // (best["batch_size"] * context)))
+    best["eval_interval"] = max(1, given.get("max_iters", best["max_iters"]) // 8)
+    return {name: best[name] for name, value in config.items() if value is None and name in best}
