@@ -165,7 +165,9 @@ class PackedLinear(FastLinear):
         """x (..., in) -> (..., out)."""
         rows = x.reshape(-1, x.size(-1))
         n = len(rows)
-        if 0 < n < 4:  # oneDNN reads the weight faster for six rows than for fewer, so these are repeated
+        if n == 1:    # oneDNN reads the weight faster for six rows than for fewer, so these are repeated
+            rows = rows.expand(6, -1)
+        elif n in (2, 3):
             rows = rows.repeat(6 // n, 1)
         y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
         return y[:n].view(*x.shape[:-1], -1)
@@ -404,7 +406,9 @@ class Prepared:
     def decode_one_token(self, token, cache):
         """The plain step or, with a StaticCache, the compiled one."""
         if not isinstance(cache, StaticCache):
-            return self.plain_step(token, cache)
+            with torch.inference_mode():  # a little less work per operator than in no_grad
+                logits = self.plain_step(token, cache)
+            return logits.clone()  # an ordinary tensor
         logits = compiled_step(self, cache)(self, token, cache)
         return logits.clone() if token.is_cuda else logits  # the next run of a CUDA graph writes over its outputs
 

@@ -163,7 +163,7 @@ def check_linear(cls, dtype, out, rows, bias):
 
 
 @pytest.mark.parametrize("out", [3, 8, 50, 64])
-@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_layers(out, rows, bias):
     for dtype in DTYPES:
@@ -411,6 +411,14 @@ def logits_along(model, idx, prompt):
     logits = [model.prefill(idx[:, :prompt], cache)]
     logits += [model.decode_one_token(token, cache) for token in idx[:, prompt:].unbind(1)]
     return torch.stack(logits, dim=1)
+
+
+def test_decoded_logits_are_ordinary_tensors():
+    """PyTorch lets nobody change a tensor of its inference mode."""
+    model = for_inference(random_model(0))
+    logits = logits_along(model, torch.zeros(1, 4, dtype=torch.long), 2)
+    logits[:, :, 0] = model.decode_one_token(torch.zeros(1, dtype=torch.long), model.new_cache(1)).fill_(0)[:, 0]
+    assert not logits.is_inference() and (logits[:, :, 0] == 0).all()
 
 
 def check_inference(dtype, compile, **changes):
