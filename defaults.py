@@ -10,32 +10,42 @@ import math
 
 # For texts of up to this many tokens; "steps" is max_iters.
 COLUMNS = "tokens", "n_layer", "n_embd", "block_size", "batch_size", "steps"
-ON_A_CPU = [(200_000, 2, 128, 64, 8, 700),
+ON_A_CPU = [(100_000, 2, 128, 64, 8, 700),
             (5_000_000, 2, 128, 128, 16, 1750),
-            (math.inf, 3, 192, 256, 16, 2000)]
+            (math.inf, 3, 192, 256, 16, 1200)]
 # A vocabulary of byte pairs is large, so the last layer takes most of the time: fewer tokens in a step.
-BYTE_PAIRS_ON_A_CPU = [(50_000, 2, 128, 64, 8, 150),
-                       (1_500_000, 2, 128, 64, 16, 800),
+BYTE_PAIRS_ON_A_CPU = [(1_500_000, 2, 128, 64, 8, 600),
                        (math.inf, 3, 192, 128, 16, 1500)]
 ON_A_GPU = [(200_000, 4, 256, 128, 32, 600),
             (5_000_000, 6, 384, 256, 64, 2000),
             (math.inf, 8, 512, 256, 128, 5000)]
+# A model that has read a text more often than this has begun to learn it by heart.
+EPOCHS, EPOCHS_OF_BYTE_PAIRS = 8, 3  # the second one is for finetuning, too
+MOST_TO_EVALUATE = 2_000_000  # tokens
 
 
 def choose_settings(config, tokens, vocab_size, device, finetune):
     """Values for those settings of train.py that are None. tokens: in the training split. finetune: whether training
     starts from the weights of a trained model, which decide the sizes."""
-    table = ON_A_GPU if device.type != "cpu" else ON_A_CPU if vocab_size < 5000 else BYTE_PAIRS_ON_A_CPU
+    few_ids = vocab_size < 5000
+    table = ON_A_GPU if device.type != "cpu" else ON_A_CPU if few_ids else BYTE_PAIRS_ON_A_CPU
     row = dict(zip(COLUMNS, next(row for row in table if tokens <= row[0]), strict=True))
     given = {name: value for name, value in config.items() if value is not None}
     width = given.get("n_embd", row["n_embd"])
     context = given.get("block_size", max(1, min(row["block_size"], tokens // 4)))
     optimizer = given.get("optimizer", "adamw" if finetune else "muon")
-    best = row | {"block_size": context, "optimizer": optimizer, "max_iters": row["steps"],
+    best = row | {"block_size": context, "optimizer": optimizer,
                   "n_head": max(n for n in range(1, max(1, width // 32) + 1) if width % n == 0),
                   "learning_rate": 1e-4 if finetune else 1e-3 if optimizer == "adamw" else round(0.9 / width, 4)}
-    if finetune:  # perhaps a large model: as many tokens in a step as in the table, and at most three epochs
+    if finetune:  # perhaps a large model: as many tokens in a step as in the table
         best["batch_size"] = max(1, row["batch_size"] * row["block_size"] // context)
-        best["max_iters"] = max(1, min(row["steps"], 3 * tokens // (best["batch_size"] * context)))
-    best["eval_interval"] = max(1, given.get("max_iters", best["max_iters"]) // 8)
+    sequences = given.get("batch_size", best["batch_size"]) * given.get("gradient_accumulation_steps", 1)
+    epochs = EPOCHS if few_ids and not finetune else EPOCHS_OF_BYTE_PAIRS
+    best["max_iters"] = min(row["steps"], max(1 if finetune else 50, epochs * tokens // (sequences * context)))
+    steps = given.get("max_iters", best["max_iters"])
+    best["eval_interval"] = max(1, steps // 8)
+    # Nine evaluations of both splits then take about a seventh of the time: reading a token costs a third of a step.
+    best["eval_tokens"] = min(MOST_TO_EVALUATE, max(120_000 if few_ids else 10_000, steps * sequences * context // 40))
+    if given.get("eval_only"):
+        best["eval_tokens"] = MOST_TO_EVALUATE
     return {name: best[name] for name, value in config.items() if value is None and name in best}

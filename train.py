@@ -41,7 +41,7 @@ beta2 = 0.99                       # and of the squared gradient; 0.95 for large
 grad_clip = 1.0                    # largest norm of the gradient; 0.0: no clipping
 # evaluation, log and checkpoints
 eval_interval: int | None = None   # steps between evaluations; one before the first step and one after the last, too
-eval_tokens = 2_000_000            # tokens of each split that an evaluation reads, at most
+eval_tokens: int | None = None     # tokens of each split that an evaluation reads, at most
 eval_only = False                  # evaluate the model once and stop; no log, no checkpoint
 patience: int | None = None        # stop after this many evaluations without a lower validation loss; None: never
 log_interval = 10                  # steps between lines of the log

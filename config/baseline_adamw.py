@@ -12,4 +12,5 @@ warmup_iters = 100
 weight_decay = 0.1
 log_interval = 50
 eval_interval = 250
+eval_tokens = 120_000  # all of the validation split
 checkpoint_interval = 500

@@ -15,4 +15,5 @@ final_lr_fraction = 0.0
 patience = 4
 log_interval = 50
 eval_interval = 155
+eval_tokens = 120_000  # all of the validation split
 checkpoint_interval = 155

@@ -30,4 +30,5 @@ weight_decay = 0.1
 grad_clip = 1.0
 log_interval = 10
 eval_interval = 1000
+eval_tokens = 2_000_000
 checkpoint_interval = 1000

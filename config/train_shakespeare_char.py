@@ -7,6 +7,7 @@ optimizer = "muon"
 beta2 = 0.99       # a step sees few tokens, so the gradient's square is averaged over more steps
 weight_decay = 0.1
 final_lr_fraction = 0.0
+eval_tokens = 120_000  # all of the validation split
 patience = 4
 
 if torch.cuda.is_available():

@@ -14,4 +14,5 @@ beta2 = 0.99
 weight_decay = 0.1
 log_interval = 50
 eval_interval = 500
+eval_tokens = 120_000  # all of the validation split
 checkpoint_interval = 500

@@ -261,7 +261,7 @@ def test_sizes_that_nobody_names_fit_the_text(project):
     """A long text gets a larger model than a short one. What is named stays, and a resumed run keeps its choice."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     names = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters", "optimizer", "learning_rate",
-             "eval_interval")
+             "eval_interval", "eval_tokens")
     for vocab_size in (65, 50257):
         for device in (cpu, gpu):
             small, large = (choose_settings(dict.fromkeys(names), tokens, vocab_size, device, False)
@@ -270,6 +270,18 @@ def test_sizes_that_nobody_names_fit_the_text(project):
             assert all(chosen["n_embd"] % chosen["n_head"] == 0 for chosen in (small, large))
     odd = choose_settings(dict.fromkeys(names) | {"n_embd": 50}, 20, 65, cpu, False)
     assert (odd["n_head"], odd["block_size"], "n_embd" in odd) == (1, 5, False)
+    # At most 8 epochs, 3 of byte pairs and in finetuning, whatever the number of tokens in a step.
+    for vocab_size, finetune, epochs in ((65, False, 8), (65, True, 3), (50257, False, 3)):
+        given = {"batch_size": 3, "block_size": 20, "gradient_accumulation_steps": 2}
+        steps = choose_settings(dict.fromkeys(names) | given, 6000, vocab_size, cpu, finetune)["max_iters"]
+        assert steps == epochs * 6000 / (3 * 20 * 2)
+    # Evaluation takes a small share of the time, but all of the split if there is nothing else to do.
+    for vocab_size, tokens in ((65, 10 ** 8), (50257, 10 ** 6), (50257, 10 ** 8)):
+        c = choose_settings(dict.fromkeys(names), tokens, vocab_size, cpu, False)
+        trained = c["max_iters"] * c["batch_size"] * c["block_size"]
+        assert 2 * 9 * c["eval_tokens"] / 3 < trained / 5
+    only = {"eval_tokens": None, "eval_only": True}
+    assert choose_settings(only, 10 ** 6, 50257, cpu, True) == {"eval_tokens": 2_000_000}
 
     (project.folder / "short.txt").write_text(TEXT)
     project.run("prepare.py", "--dataset=short", "--input=short.txt")

@@ -202,15 +202,15 @@ def test_trained_exported_and_finetuned(trained):
     project = trained
     (project.folder / "verse.txt").write_text("Shall I compare thee to a summer's day? Thou art more lovely. " * 200)
     project.run("prepare.py", "--dataset=verse", "--input=verse.txt", "--tokenizer=gpt2")
-    small = ["--dataset=verse", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=48", "--batch_size=4"]
+    small = ["--dataset=verse", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=208", "--batch_size=1"]
     project.run("train.py", *small, "--max_iters=30", "--learning_rate=1e-2", "--out_dir=verse", "--eval_interval=30")
     project.run("checkpoint.py", "--out_dir=verse", "--export=exported")
     folder = project.folder / "exported"
     assert AutoTokenizer.from_pretrained(folder).encode("Shall I compare") == BPETokenizer().encode("Shall I compare")
     generate = pipeline("text-generation", model=str(folder), device="cpu", dtype=torch.float32)
-    expected = generate("Shall I compare", max_new_tokens=30, do_sample=False)[0]["generated_text"]
+    expected = generate("Shall I compare", max_new_tokens=200, do_sample=False)[0]["generated_text"]
     for where in ("--out_dir=verse", "--init_from=exported"):
-        ours = project.run("sample.py", "--start=Shall I compare", "--max_new_tokens=30", "--temperature=0", where)
+        ours = project.run("sample.py", "--start=Shall I compare", "--max_new_tokens=200", "--temperature=0", where)
         assert ours == expected + "\n"
 
     model, tokenizer = load_pretrained(folder)
@@ -227,7 +227,7 @@ def test_trained_exported_and_finetuned(trained):
     assert tuned.config.block_size == 20 and tuned.config.bias and tuned.config.dropout == 0.1
     project.run("train.py", "--init_from=resume", "--max_iters=4", "--out_dir=tuned")
     assert "n_layer=2, not 3" in project.fails("train.py", "--init_from=exported", "--dataset=verse", "--n_layer=3")
-    assert "block_size 100" in project.fails("train.py", "--init_from=exported", "--dataset=verse", "--block_size=100")
+    assert "block_size 300" in project.fails("train.py", "--init_from=exported", "--dataset=verse", "--block_size=300")
     assert "different tokenizers" in project.fails("train.py", "--init_from=exported", "--dataset=tiny")
     assert "neither a folder" in project.fails("sample.py", "--init_from=no-such/model")
     assert "--export=FOLDER" in project.fails("checkpoint.py")
