@@ -27,8 +27,8 @@ MOST_TO_EVALUATE = 2_000_000  # tokens
 def choose_settings(config, tokens, vocab_size, device, finetune):
     """Values for those settings of train.py that are None. tokens: in the training split. finetune: whether training
     starts from the weights of a trained model, which decide the sizes."""
-    few_ids = vocab_size < 5000
-    table = ON_A_GPU if device.type != "cpu" else ON_A_CPU if few_ids else BYTE_PAIRS_ON_A_CPU
+    byte_pairs = vocab_size > 5000
+    table = ON_A_GPU if device.type != "cpu" else BYTE_PAIRS_ON_A_CPU if byte_pairs else ON_A_CPU
     row = dict(zip(COLUMNS, next(row for row in table if tokens <= row[0]), strict=True))
     given = {name: value for name, value in config.items() if value is not None}
     width = given.get("n_embd", row["n_embd"])
@@ -40,12 +40,11 @@ def choose_settings(config, tokens, vocab_size, device, finetune):
     if finetune:  # perhaps a large model: as many tokens in a step as in the table
         best["batch_size"] = max(1, row["batch_size"] * row["block_size"] // context)
     sequences = given.get("batch_size", best["batch_size"]) * given.get("gradient_accumulation_steps", 1)
-    epochs = EPOCHS if few_ids and not finetune else EPOCHS_OF_BYTE_PAIRS
+    epochs = EPOCHS_OF_BYTE_PAIRS if byte_pairs or finetune else EPOCHS
     best["max_iters"] = min(row["steps"], max(1 if finetune else 50, epochs * tokens // (sequences * context)))
     steps = given.get("max_iters", best["max_iters"])
     best["eval_interval"] = max(1, steps // 8)
     # Nine evaluations of both splits then take about a seventh of the time: reading a token costs a third of a step.
-    best["eval_tokens"] = min(MOST_TO_EVALUATE, max(120_000 if few_ids else 10_000, steps * sequences * context // 40))
-    if given.get("eval_only"):
-        best["eval_tokens"] = MOST_TO_EVALUATE
+    enough = max(10_000 if byte_pairs else 120_000, steps * sequences * context // 40)
+    best["eval_tokens"] = MOST_TO_EVALUATE if given.get("eval_only") else min(MOST_TO_EVALUATE, enough)
     return {name: best[name] for name, value in config.items() if value is None and name in best}
