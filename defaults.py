@@ -3,8 +3,8 @@
     python train.py --dataset=mine              # prints what it chose
     python train.py --dataset=mine --n_layer=4  # the same choice, but with 4 layers
 
-More text deserves a larger model, a longer context and more steps. Those for characters on a CPU come from trials on
-two cores with texts of 50 KB, 1 MB and 20 MB. Those for byte pairs and for a GPU have not been tried.
+More text deserves a larger model, a longer context and more steps. The numbers for a CPU come from trials on two cores
+with texts from 50 KB to 20 MB: see docs/training.md. Those for a GPU have not been tried.
 """
 import math
 
@@ -13,9 +13,9 @@ COLUMNS = "tokens", "n_layer", "n_embd", "block_size", "batch_size", "steps"
 ON_A_CPU = [(100_000, 2, 128, 64, 8, 700),
             (5_000_000, 2, 128, 128, 16, 1750),
             (math.inf, 3, 192, 256, 16, 1200)]
-# A vocabulary of byte pairs is large, so the last layer takes most of the time: fewer tokens in a step.
+# A vocabulary of byte pairs is large, so the last layer takes most of the time. Many steps of few tokens are best then.
 BYTE_PAIRS_ON_A_CPU = [(1_500_000, 2, 128, 64, 8, 600),
-                       (math.inf, 3, 192, 128, 16, 1500)]
+                       (math.inf, 2, 128, 64, 8, 2000)]
 ON_A_GPU = [(200_000, 4, 256, 128, 32, 600),
             (5_000_000, 6, 384, 256, 64, 2000),
             (math.inf, 8, 512, 256, 128, 5000)]
