@@ -406,9 +406,7 @@ class Prepared:
     def decode_one_token(self, token, cache):
         """The plain step or, with a StaticCache, the compiled one."""
         if not isinstance(cache, StaticCache):
-            with torch.inference_mode():  # a little less work per operator than in no_grad
-                logits = self.plain_step(token, cache)
-            return logits.clone()  # an ordinary tensor
+            return self.plain_step(token, cache)
         logits = compiled_step(self, cache)(self, token, cache)
         return logits.clone() if token.is_cuda else logits  # the next run of a CUDA graph writes over its outputs
 

@@ -413,14 +413,6 @@ def logits_along(model, idx, prompt):
     return torch.stack(logits, dim=1)
 
 
-def test_decoded_logits_are_ordinary_tensors():
-    """PyTorch lets nobody change a tensor of its inference mode."""
-    model = for_inference(random_model(0))
-    logits = logits_along(model, torch.zeros(1, 4, dtype=torch.long), 2)
-    logits[:, :, 0] = model.decode_one_token(torch.zeros(1, dtype=torch.long), model.new_cache(1)).fill_(0)[:, 0]
-    assert not logits.is_inference() and (logits[:, :, 0] == 0).all()
-
-
 def check_inference(dtype, compile, **changes):
     """Logits of a prepared model, whole and along a sequence, and the text that it writes past block_size."""
     model = random_model(1, **{**dict(n_layer=1, n_head=2, n_embd=16, block_size=8), **changes})
