@@ -165,8 +165,9 @@ class PackedLinear(FastLinear):
         """x (..., in) -> (..., out)."""
         rows = x.reshape(-1, x.size(-1))
         n = len(rows)
-        if n == 1:    # oneDNN reads the weight faster for six rows than for fewer, so these are repeated
-            rows = rows.expand(6, -1)
+        # oneDNN reads the weight faster for six rows than for fewer, so these are repeated.
+        if n == 1:
+            rows = rows.expand(6, -1)  # without a copy
         elif n in (2, 3):
             rows = rows.repeat(6 // n, 1)
         y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")

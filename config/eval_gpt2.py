@@ -3,5 +3,4 @@
 init_from = "gpt2"
 dataset = "shakespeare"
 eval_only = True
-eval_tokens = 2_000_000
 batch_size = 4
