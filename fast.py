@@ -117,7 +117,10 @@ class FastDropout(nn.Dropout):
 
 # --- linear layers ---
 
-def few_rows(x, weight, scale=None, bias=None):
+INSTRUCTIONS = torch.backends.cpu.get_cpu_capability()  # the processor's vector instructions, such as AVX2 or AVX512
+
+
+def few_rows(x, weight, scale=None, bias=None, interleaved=False):
     """The linear layer for a few rows x (..., in), as sums. Decoding multiplies one row per sequence: two operations
     for each weight that it reads. Kernels made for many rows stay far below the memory's bandwidth there. The compiler
     turns these sums into one loop over the weight, in whatever dtype it is stored."""
@@ -125,11 +128,28 @@ def few_rows(x, weight, scale=None, bias=None):
     # A CPU needs longer for an addition than until it can start the next. So four sums are under way at once: those of
     # the rows or, for a single row, those of four parts of the weight.
     together = max(1, 4 // len(rows)) if x.device.type == "cpu" else 1
+    weight = weight.view(torch.float32) if interleaved else weight
+    times = interleaved_times_row if interleaved else lambda part, row: (part.float() * row).sum(dim=-1)
     parts = weight.split(max(1, len(weight) // together))
-    y = torch.stack([torch.cat([(part.float() * row).sum(dim=-1) for part in parts]) for row in rows])
+    y = torch.stack([torch.cat([times(part, row) for part in parts]) for row in rows])
     y = y if scale is None else y * scale
     y = y if bias is None else y + bias
     return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def interleave(weight):
+    """int8 (out, in), in a multiple of 4 -> the same columns in the order 0, n, 2n, 3n, 1, n + 1, ... with n = in / 4.
+    Four bytes in a row then belong to the four quarters of a layer's input."""
+    return weight.unflatten(-1, (4, -1)).mT.flatten(-2)
+
+
+def interleaved_times_row(words, row):
+    """An interleaved weight whose bytes are seen as float32 (out, in / 4), and a row (in,) -> (out,). With AVX2, the
+    compiler loads integers by a detour through memory, but not floats. So it loads 32 bytes as 8 floats, and shifts
+    take the bytes out of them: eight at a time, each times its quarter of the row."""
+    numbers = words.view(torch.int32)
+    columns = row.split(words.size(-1))
+    return sum(((numbers << 24 - 8 * i) >> 24).float() * column for i, column in enumerate(columns)).sum(dim=-1)
 
 
 class FastLinear(nn.Linear):
@@ -165,10 +185,10 @@ class PackedLinear(FastLinear):
         """x (..., in) -> (..., out)."""
         rows = x.reshape(-1, x.size(-1))
         n = len(rows)
-        # oneDNN reads the weight faster for six rows than for fewer, so these are repeated.
-        if n == 1:
+        # With AVX-512, oneDNN reads the weight faster for six rows than for fewer, so these are repeated.
+        if n == 1 and INSTRUCTIONS == "AVX512":
             rows = rows.expand(6, -1)  # without a copy
-        elif n in (2, 3):
+        elif n in (2, 3) and INSTRUCTIONS == "AVX512":
             rows = rows.repeat(6 // n, 1)
         y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
         return y[:n].view(*x.shape[:-1], -1)
@@ -203,12 +223,20 @@ class Int8Linear(nn.Linear):
         """Replaces the weight."""
         weight = self.weight.detach().float()
         self.register_buffer("scale", weight.abs().amax(dim=1).clamp(min=1e-12) / 127)
-        self.weight = nn.Parameter((weight / self.scale[:, None]).round().to(torch.int8), requires_grad=False)
+        weight = (weight / self.scale[:, None]).round().to(torch.int8)
+        self.interleaved = weight.device.type == "cpu" and INSTRUCTIONS == "AVX2" and self.in_features % 4 == 0
+        self.weight = nn.Parameter(interleave(weight) if self.interleaved else weight, requires_grad=False)
+
+    def rounded(self):
+        """The weight (out, in) in float32, as the layer computes with it."""
+        weight = self.weight.unflatten(-1, (-1, 4)).mT.flatten(-2) if self.interleaved else self.weight
+        return weight * self.scale[:, None]
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         if torch.compiler.is_compiling() and x.numel() <= 8 * x.size(-1):
-            return few_rows(x, self.weight, self.scale, self.bias)
+            return few_rows(x, self.weight, self.scale, self.bias, self.interleaved)
+        x = interleave(x) if self.interleaved else x
         y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias
 
@@ -464,7 +492,7 @@ def computes_the_same(layer, fast, block_size):
         if isinstance(layer, nn.Linear):
             if fast is Int8Linear:  # the reference has the rounded weight
                 layer = twin(layer, nn.Linear)
-                layer.weight = nn.Parameter(new.weight * new.scale[:, None])
+                layer.weight = nn.Parameter(new.rounded())
             x = torch.randn(3, layer.in_features, generator=g).to(layer.weight)
             return all(same(new(rows), layer(rows)) for rows in (x, x[:1]))
         # A whole sequence, and a chunk and a single token after a long prefix. The factor 6 makes large scores.

@@ -218,20 +218,20 @@ def test_autocast_is_obeyed_without_gradients(autocast):
         assert y.dtype == autocast and torch.equal(y, plain(x))
 
 
-def check_few_rows(dtype, bias, int8):
+def check_few_rows(dtype, bias, int8, rows=1):
     """`few_rows`, which compiled code uses, against a matrix multiplication in float64."""
     torch.manual_seed(0)
-    layer, x = nn.Linear(24, 50, bias=bias), torch.randn(1, 1, 24).to(dtype)
+    layer, x = nn.Linear(24, 50, bias=bias), torch.randn(1, rows, 24).to(dtype)
     if int8:
         layer = fast.twin(layer, Int8Linear)
-        weight, scale = layer.weight, layer.scale
-        exact_weight = weight.double() * scale.double()[:, None]
+        weight, exact_weight = layer.weight, layer.rounded().double()
+        arguments = layer.scale, layer.bias.detach().to(dtype) if bias else None, layer.interleaved
     else:
-        weight, scale = layer.weight.detach().to(dtype), None
+        weight = layer.weight.detach().to(dtype)
         exact_weight = weight.double()
-    offset = layer.bias.detach().to(dtype) if bias else None
-    exact = F.linear(x.double(), exact_weight, offset.double() if bias else None)
-    y = fast.few_rows(x, weight, scale, offset)
+        arguments = None, layer.bias.detach().to(dtype) if bias else None
+    exact = F.linear(x.double(), exact_weight, arguments[1].double() if bias else None)
+    y = fast.few_rows(x, weight, *arguments)
     assert y.dtype == dtype
     assert_as_exact(y, exact.to(dtype), exact)
 
@@ -243,6 +243,15 @@ def test_few_rows(dtype, bias, int8):
     check_few_rows(dtype, bias, int8)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512"])
+def test_few_rows_in_int8_for_a_processor(instructions, rows, monkeypatch):
+    monkeypatch.setattr(fast, "INSTRUCTIONS", instructions)
+    assert fast.twin(nn.Linear(24, 50), Int8Linear).interleaved == (instructions == "AVX2")
+    check_few_rows(torch.float32, True, True, rows)
+    check_int8()
+
+
 def check_int8(dtype=torch.float32):
     """Each row of the weight is rounded to multiples of its largest magnitude / 127, and the layer computes with
     exactly these."""
@@ -250,7 +259,7 @@ def check_int8(dtype=torch.float32):
     plain = nn.Linear(40, 30)
     layer = fast.twin(plain, Int8Linear)
     assert layer.weight.dtype == torch.int8 and (layer.weight.abs().amax(1) == 127).all()
-    rounded = layer.weight * layer.scale[:, None]
+    rounded = layer.rounded()
     error = (rounded - plain.weight).abs()
     assert (error <= plain.weight.abs().amax(1, keepdim=True) / 127 / 2 * 1.0001).all()
     x = torch.randn(3, 40).to(dtype)
@@ -614,6 +623,7 @@ def test_a_weight_that_is_used_directly_keeps_its_layout(dtype, compile, capsys)
 
 attend = {cls: cls.attend for cls in (FusedAttention, CompiledAttention)}
 prepare_packed, prepare_int8, forward_dropout = PackedLinear.prepare, Int8Linear.prepare, FastDropout.forward
+few_rows = fast.few_rows
 
 
 def fused_with_another_scale(self, q, k, v, positions):
@@ -675,8 +685,8 @@ def dropout_of_pairs(self, x):
     return forward_dropout(self, torch.ones_like(x[..., ::2])).repeat_interleave(2, -1)[..., :x.size(-1)] * x
 
 
-def few_rows_without_bias(x, weight, scale=None, bias=None):
-    return (weight.float() @ x.float().flatten() * (1 if scale is None else scale)).to(x.dtype).view(*x.shape[:-1], -1)
+def few_rows_without_bias(x, weight, scale=None, bias=None, interleaved=False):
+    return few_rows(x, weight, scale, None, interleaved)
 
 
 def positions_off_by_one(self, T):
