@@ -123,7 +123,8 @@ INSTRUCTIONS = torch.backends.cpu.get_cpu_capability()  # the processor's vector
 def few_rows(x, weight, scale=None, bias=None, interleaved=False):
     """The linear layer for a few rows x (..., in), as sums. Decoding multiplies one row per sequence: two operations
     for each weight that it reads. Kernels made for many rows stay far below the memory's bandwidth there. The compiler
-    turns these sums into one loop over the weight, in whatever dtype it is stored."""
+    turns these sums into one loop over the weight, in whatever dtype it is stored. interleaved: the weight is int8, and
+    its columns are in the order of `interleave`."""
     rows = x.float().flatten(0, -2)
     # A CPU needs longer for an addition than until it can start the next. So four sums are under way at once: those of
     # the rows or, for a single row, those of four parts of the weight.
@@ -137,10 +138,10 @@ def few_rows(x, weight, scale=None, bias=None, interleaved=False):
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def interleave(weight):
-    """int8 (out, in), in a multiple of 4 -> the same columns in the order 0, n, 2n, 3n, 1, n + 1, ... with n = in / 4.
-    Four bytes in a row then belong to the four quarters of a layer's input."""
-    return weight.unflatten(-1, (4, -1)).mT.flatten(-2)
+def interleave(x):
+    """(..., 4n) -> the same numbers, the last dimension in the order 0, n, 2n, 3n, 1, n + 1, 2n + 1, 3n + 1, ... Four
+    neighbours in a weight then belong to the four quarters of a layer's input."""
+    return x.unflatten(-1, (4, -1)).mT.flatten(-2)
 
 
 def interleaved_times_row(words, row):
@@ -149,7 +150,7 @@ def interleaved_times_row(words, row):
     take the bytes out of them: eight at a time, each times its quarter of the row."""
     numbers = words.view(torch.int32)
     columns = row.split(words.size(-1))
-    return sum(((numbers << 24 - 8 * i) >> 24).float() * column for i, column in enumerate(columns)).sum(dim=-1)
+    return sum(((numbers << (24 - 8 * i)) >> 24).float() * column for i, column in enumerate(columns)).sum(dim=-1)
 
 
 class FastLinear(nn.Linear):

@@ -173,6 +173,19 @@ def test_linear_layers(out, rows, bias):
     check_linear(PackedLinear, torch.float32, out, rows, bias)
 
 
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512"])
+def test_packed_rows(instructions, monkeypatch):
+    """With AVX-512, one to three rows are repeated."""
+    monkeypatch.setattr(fast, "INSTRUCTIONS", instructions)
+    torch.manual_seed(0)
+    plain = nn.Linear(24, 50)
+    for rows in (1, 2, 3, 4):
+        x = torch.randn(1, rows, 24)
+        with torch.no_grad():
+            exact = F.linear(x.double(), plain.weight.double(), plain.bias.double())
+            assert_as_exact(fast.twin(plain, PackedLinear)(x), plain(x), exact)
+
+
 def check_gradients(cls, dtype):
     """The gradients of a replacement of nn.Linear."""
     torch.manual_seed(0)
