@@ -187,10 +187,8 @@ class PackedLinear(FastLinear):
         rows = x.reshape(-1, x.size(-1))
         n = len(rows)
         # With AVX-512, oneDNN reads the weight faster for six rows than for fewer, so these are repeated.
-        if n == 1 and INSTRUCTIONS == "AVX512":
-            rows = rows.expand(6, -1)  # without a copy
-        elif n in (2, 3) and INSTRUCTIONS == "AVX512":
-            rows = rows.repeat(6 // n, 1)
+        if INSTRUCTIONS == "AVX512" and n in (1, 2, 3):
+            rows = rows.expand(6, -1) if n == 1 else rows.repeat(6 // n, 1)  # expand makes no copy
         y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
         return y[:n].view(*x.shape[:-1], -1)
 
