@@ -134,8 +134,9 @@ def memory_by_formula():
     shards = world_size if train.strategy == "fsdp" else 1
     if train.strategy == "fsdp":  # a block is freed after use; embeddings and last norm stay for the backward pass
         copies += 4 * (P - train.raw_model.num_parameters(embeddings=False) + c.n_embd * (1 + c.bias))
+    rows = 9 * c.n_layer * c.n_embd  # of the blocks' matrices
     return {"parameters": 4 * P // shards, "gradients": 4 * P // shards,
-            "optimizer": (8 * P - (4 * matrices if train.optimizer == "muon" else 0)) // shards,
+            "optimizer": (8 * P - (4 * (matrices - rows) if train.optimizer == "muon" else 0)) // shards,
             "activations": train.micro_batch * T * (c.n_layer * layer + ends) + copies}
 
 

@@ -300,7 +300,14 @@ def check_fit(model, state, path):
                 f"of shape {tuple(state[name].shape)}, not {tuple(own[name].shape)}"))
 
 
-AVERAGES = {"Muon": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}  # what they keep of a parameter
+# What the optimizers keep of a parameter. Earlier versions of Muon here kept no row_squares.
+AVERAGES = {"Muon": ({"momentum_buffer", "row_squares"}, {"momentum_buffer"}),
+            "AdamW": ({"step", "exp_avg", "exp_avg_sq"},)}
+
+
+def shape_of_average(name, weight):
+    """The shape of the average `name` of a parameter."""
+    return torch.Size(()) if name == "step" else weight.shape[:-1] + (1,) if name == "row_squares" else weight.shape
 
 
 def check_averages(model, averages, path):
@@ -308,8 +315,8 @@ def check_averages(model, averages, path):
     own = model.state_dict()
     for name, kept in averages.items() if isinstance(averages, dict) else [("its parameters", None)]:
         check_types(kept if isinstance(kept, dict) else {}, f"{path}: the optimizer's averages of {name}")
-        if name not in own or not isinstance(kept, dict) or kept.keys() not in AVERAGES.values() or any(
-                not isinstance(t, torch.Tensor) or t.shape != (() if k == "step" else own[name].shape)
+        if name not in own or not isinstance(kept, dict) or kept.keys() not in sum(AVERAGES.values(), ()) or any(
+                not isinstance(t, torch.Tensor) or t.shape != shape_of_average(k, own[name])
                 for k, t in kept.items()):
             raise UserError(f"{path} does not fit: its optimizer's averages of {name} are damaged")
 
@@ -471,7 +478,7 @@ def set_state(model, optimizers, checkpoint, path):
                 if names[p] not in averages:  # it has had no gradient so far
                     continue
                 state = optimizer.state[p] = dict(averages[names[p]])
-                if state.keys() != AVERAGES[type(optimizer).__name__]:
+                if state.keys() not in AVERAGES[type(optimizer).__name__]:
                     raise UserError(f"{path} does not fit: the averages of {names[p]} are those of another optimizer")
                 for k, t in state.items():
                     if k == "step":  # a fused optimizer counts on p's device, another one on the CPU

@@ -43,10 +43,11 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose direction is orthogonalised. Its step is equally large in all directions of a matrix, so a few
     large singular values do not dominate it (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural
     networks"). Matrices of one shape are orthogonalised together, in `dtype`; torch.optim.Muon takes one at a time, in
-    bfloat16. A group's `parts` says how many matrices are stacked in each of its parameters."""
+    bfloat16. A group's `parts` says how many matrices are stacked in each of its parameters. With `beta2`, the rows of
+    a step become equally large as well: see `even_rows`."""
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, parts=1, dtype=torch.bfloat16):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts))
+    def __init__(self, params, lr=0.02, momentum=0.95, beta2=0.0, weight_decay=0.0, parts=1, dtype=torch.bfloat16):
+        super().__init__(params, dict(lr=lr, momentum=momentum, beta2=beta2, weight_decay=weight_decay, parts=parts))
         self.dtype = dtype
 
     @torch.no_grad()
@@ -69,10 +70,25 @@ class Muon(torch.optim.Optimizer):
                 updates = torch.stack([gathered(u) for u in updates]).to(self.dtype)
                 rows, cols = shape[0] // group["parts"], shape[1]
                 updates = orthogonalize(updates.view(-1, rows, cols)).view(-1, *shape).to(params[0].dtype)
+                if group["beta2"] > 0.0:
+                    updates = self.even_rows(updates, params, group["beta2"])
                 updates = [shard_like(u, p) for u, p in zip(updates, params, strict=True)]
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
                 # A matrix with more rows than columns takes a larger step, as in Jordan's code.
                 torch._foreach_add_(params, updates, alpha=-lr * max(1, rows / cols) ** 0.5)
+
+    def even_rows(self, updates, params, beta2):
+        """Updates (N, rows, cols) of N parameters -> the same with the same norms, but each row divided by the root of
+        a running mean of its squares. A row belongs to one output of a layer. After the orthogonalisation, some rows
+        are still much larger than others (Li et al. 2025, "NorMuon: Making Muon more efficient and scalable")."""
+        squares = updates.square().mean(dim=-1, keepdim=True)  # (N, rows, 1)
+        for p, new in zip(params, squares, strict=True):
+            new = shard_like(new, p)
+            self.state[p].setdefault("row_squares", torch.zeros_like(new)).lerp_(new, 1 - beta2)
+        running = torch.stack([gathered(self.state[p]["row_squares"]) for p in params])
+        even = updates / running.sqrt().clamp(min=1e-7)
+        norm_before, norm_after = (torch.linalg.matrix_norm(u, keepdim=True) for u in (updates, even))
+        return even * (norm_before / norm_after.clamp(min=1e-7))
 
 
 # --- which parameters go where ---
@@ -88,7 +104,7 @@ def hidden_matrices(model):
 
 
 def make_optimizers(model, optimizer, learning_rate, muon_learning_rate=0.02, weight_decay=0.0, beta1=0.9, beta2=0.95,
-                    muon_dtype=torch.bfloat16):
+                    muon_momentum=0.95, muon_dtype=torch.bfloat16):
     """A model -> a list of (optimizer, peak learning rate). With "adamw" it has one. Weight decay acts on matrices, not
     on biases and norms. With "muon", Muon takes the matrices inside the blocks and AdamW the rest: a step uses only a
     few vectors of an embedding, and norms and biases are vectors, which have no singular values to equalise (Jordan et
@@ -110,5 +126,6 @@ def make_optimizers(model, optimizer, learning_rate, muon_learning_rate=0.02, we
         raise UserError("optimizer 'muon' finds no linear layer in the model; use adamw")
     groups = [{"params": [p for p in hidden if parts[p] == 3], "parts": 3},
               {"params": [p for p in hidden if parts[p] == 1]}]
-    muon = Muon([g for g in groups if g["params"]], lr=muon_learning_rate, weight_decay=weight_decay, dtype=muon_dtype)
+    muon = Muon([g for g in groups if g["params"]], lr=muon_learning_rate, momentum=muon_momentum, beta2=0.95,
+                weight_decay=weight_decay, dtype=muon_dtype)
     return [(muon, muon_learning_rate), (adamw, learning_rate)]

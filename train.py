@@ -31,6 +31,7 @@ optimizer: str | None = None       # adamw, or muon: Muon for the blocks' matric
 max_iters: int | None = None       # optimizer steps
 learning_rate: float | None = None  # AdamW's peak
 muon_learning_rate = 0.02          # Muon's peak
+muon_momentum = 0.9                # Muon's decay of the running mean of the gradient; 0.95 for long runs
 warmup_iters: int | None = None    # steps in which the rates rise to their peaks; None: a tenth of lr_decay_iters
 lr_decay = "linear"                # the curve on which they fall again: linear, or cosine
 lr_decay_iters: int | None = None  # the step at which they reach their final values; None: max_iters at the start
@@ -76,7 +77,7 @@ def check_settings(source=None):
             "log_interval", "checkpoint_interval")
     must_be("at least 0", lambda x: 0 <= x < math.inf,
             "seed", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "final_lr_fraction", "patience")
-    must_be("in [0, 1)", lambda x: 0 <= x < 1, "dropout", "beta1", "beta2")
+    must_be("in [0, 1)", lambda x: 0 <= x < 1, "dropout", "beta1", "beta2", "muon_momentum")
     must_be("'adamw' or 'muon'", lambda x: x in ("adamw", "muon"), "optimizer")
     must_be("'cosine' or 'linear'", lambda x: x in ("cosine", "linear"), "lr_decay")
     must_be("'float32', 'bfloat16' or 'float16'", lambda x: x in ("float32", "bfloat16", "float16"), "dtype")
@@ -184,7 +185,7 @@ for_training(raw_model.to(device).train())  # faster layers that compute the sam
 if strategy == "fsdp":
     distributed.shard(raw_model, device)
 optimizers = make_optimizers(raw_model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta1, beta2,
-                             torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+                             muon_momentum, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # keeps small float16 gradients above zero
 autocast = torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
 compile = can_compile(device) if compile is None else compile
@@ -275,9 +276,7 @@ def update_weights():
     """One optimizer step with the gradients in .grad, which are then removed; returns their norm before clipping."""
     for o, _ in optimizers:
         scaler.unscale_(o)
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    if strategy == "fsdp":
-        grad_norm = grad_norm.full_tensor()
+    grad_norm = distributed.gathered(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
     # If a float16 gradient overflowed, clipping has spoilt them all. So no optimizer steps, and the scale is halved.
     overflow = scaler.is_enabled() and not math.isfinite(grad_norm.item())
     for o, _ in optimizers:

@@ -7,6 +7,7 @@ max_iters = 310
 optimizer = "muon"
 learning_rate = 1e-2
 muon_learning_rate = 0.04
+muon_momentum, beta1 = 0.9, 0.7  # a short run: averages over fewer steps
 lr_decay = "linear"
 warmup_iters = 20
 beta2 = 0.99

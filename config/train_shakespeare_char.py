@@ -21,11 +21,12 @@ if torch.cuda.is_available():
 else:
     n_layer, n_head, n_embd, block_size = 2, 4, 128, 128
     batch_size = 14
-    max_iters = 2000
+    max_iters = 1750
     learning_rate = 7e-3
     muon_learning_rate = 0.02
+    muon_momentum, beta1 = 0.9, 0.7  # a short run: averages over fewer steps
     lr_decay = "linear"
     warmup_iters = 100
     log_interval = 50
-    eval_interval = 400
-    checkpoint_interval = 400
+    eval_interval = 350
+    checkpoint_interval = 350

@@ -7,6 +7,7 @@ max_iters = 5800
 optimizer = "muon"
 learning_rate = 5e-3
 muon_learning_rate = 0.02
+muon_momentum = 0.95
 lr_decay = "linear"
 final_lr_fraction = 0.0
 warmup_iters = 100

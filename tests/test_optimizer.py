@@ -59,6 +59,45 @@ def test_muon_takes_stacked_matrices_apart():
     torch.testing.assert_close(stacked, torch.cat(single), atol=2e-4, rtol=0)
 
 
+def test_even_rows():
+    """Against the formula, one matrix after the other, in float64."""
+    torch.manual_seed(0)
+    for shape, parts in (((12, 30), 1), ((30, 12), 1), ((30, 10), 3)):
+        params = [torch.nn.Parameter(torch.randn(shape).double()) for _ in range(2)]
+        plain = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        ours = Muon([{"params": params, "parts": parts}], lr=0.02, beta2=0.9, dtype=torch.float64)
+        reference = Muon([{"params": plain, "parts": parts}], lr=0.02, dtype=torch.float64)
+        means = [torch.zeros(shape[0]).double() for _ in params]
+        for step in range(4):
+            before, plain_before = ([p.detach().clone() for p in ps] for ps in (params, plain))
+            for p, q in zip(params, plain, strict=True):
+                p.grad = q.grad = torch.randn(shape).double() * torch.linspace(0.1, 3, shape[0])[:, None] ** 2
+            ours.step()
+            reference.step()
+            for i, (p, q) in enumerate(zip(params, plain, strict=True)):
+                u = q.detach() - plain_before[i]
+                means[i] = 0.9 * means[i] + 0.1 * (u ** 2).mean(1)
+                expected = u / means[i].sqrt()[:, None]
+                expected *= u.norm() / expected.norm()
+                moved = p.detach() - before[i]
+                torch.testing.assert_close(moved, expected, atol=1e-9, rtol=1e-6)
+                rows = moved.norm(dim=1)
+                if step == 0:  # the running mean is that of this step alone
+                    torch.testing.assert_close(rows, rows.mean().expand_as(rows), atol=1e-9, rtol=1e-6)
+
+
+def test_even_rows_of_nothing():
+    p = torch.nn.Parameter(torch.ones(4, 6))
+    muon = Muon([p], lr=0.02, beta2=0.95)
+    for row in (None, 2):  # no gradient at all, then one in a single row
+        p.grad = torch.zeros(4, 6)
+        if row is not None:
+            p.grad[row] = 1.0
+        muon.step()
+        assert torch.isfinite(p).all()
+    assert torch.equal(p[:2], torch.ones(2, 6)) and (p[2] < 1).all()
+
+
 def names_in_groups(model, optimizer):
     """The names of the parameters in each group, in order."""
     names = {p: name for name, p in model.named_parameters()}
