@@ -36,8 +36,8 @@ import torch
 import torch.nn.functional as F
 
 from distributed import gathered, is_main_process, print_once, shard_like
-from files import LOG_COLUMNS, UserError, at_least, check_fields, open_file, read_json, read_log, read_small
-from files import write_atomically
+from files import LOG_COLUMNS, UserError, at_least, check_fields, is_dataset_name, open_file, read_json, read_log
+from files import read_small, write_atomically
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, fetch_vocabulary, load_tokenizer, read_nanogpt_characters
 
@@ -97,7 +97,8 @@ def numbers(*names):
 # What a checkpoint holds: {name: (its types, a check of it)}, as for read_json. Any of it may be missing or None, but
 # not what is needed to sample or to resume.
 FIELDS = {"model": ((dict, OrderedDict), None), "model_config": (dict, plain), "tokenizer": (dict, plain),
-          "config": (dict, plain), "optimizer": (dict, None), "text": (dict, numbers("val_tokens", "val_bytes")),
+          "config": (dict, plain), "optimizer": (dict, None),
+          "text": (dict, numbers("val_tokens", "val_bytes", "evaluated")),
           "scaler": (dict, numbers("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")),
           "iter_num": (int, at_least(0)), "bad_evals": (int, at_least(0)), "tokens": (int, at_least(0)),
           "best_val_loss": (float, at_least(0)), "wandb_id": (str, None),
@@ -133,6 +134,21 @@ def load_checkpoint(path, needed=()):
     if "model_config" in needed:
         model_config(checkpoint["model_config"], path)
     return checkpoint
+
+
+def load_to_resume(path):
+    """The checkpoint of a run that goes on. "changed_at" is the time when the file was written: another run may write
+    it before this one holds the lock."""
+    changed = changed_at(path)
+    return load_checkpoint(path, TO_RESUME) | {"changed_at": changed}
+
+
+def changed_at(path):
+    """When the file was last written, in ns; None if it is not there."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return None
 
 
 def read_archive(path):
@@ -249,6 +265,7 @@ def upgrade(checkpoint):
         checkpoint["format_version"] = 3
     if isinstance(config, dict):
         config.setdefault("lr_decay", "cosine")  # there was no other
+        config.setdefault("muon_momentum", 0.95)
 
 
 def model_config(fields, path):
@@ -269,7 +286,7 @@ def check_size(config, state, path):
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in state.values() if isinstance(t, torch.Tensor)}
     total = sum(storage.nbytes() for storage in storages.values())
     positions = c.block_size * c.n_embd if "wpe.weight" in state else 0
-    if c.n_layer > len(state) or max(c.vocab_size * c.n_embd, c.n_layer * c.n_embd ** 2, positions) > total:
+    if c.n_layer > len(storages) or max(c.vocab_size * c.n_embd, c.n_layer * c.n_embd ** 2, positions) > total:
         raise UserError(f"{path} does not fit model.py: its tensors are too small for its model_config")
 
 
@@ -390,10 +407,15 @@ def check_probe(model, checkpoint, path):
 
 
 def has_same_text(checkpoint, text, path, may_differ):
-    """Whether a run resumes on the dataset that its checkpoint was trained on. If not, and it must: UserError."""
+    """Whether a run resumes on the dataset that its checkpoint was trained on, and evaluates the same part of it. If
+    the dataset is another one, and may not be: UserError."""
     before = checkpoint.get("text") or text
     if all(before.get(k) == text[k] for k in ("sha256", "val_tokens")):
-        return True
+        if before.get("evaluated", text["evaluated"]) == text["evaluated"]:
+            return True
+        print_once(f"eval_tokens is {text['evaluated']}, not {before['evaluated']} as in the checkpoint, so the lowest "
+                   "validation loss is reset")
+        return False
     if not may_differ:
         raise UserError(f"the dataset {text['dataset']} is not the one that {path} was trained on; restore it, or go "
                         f"on with the new one: --dataset={text['dataset']}")
@@ -422,6 +444,7 @@ def from_nanogpt(checkpoint, path):
         raise UserError(f"{path} has a head that is not tied to wte, which this model does not support")
     config = checkpoint.get("config")
     dataset = str(config.get("dataset", "")) if isinstance(config, dict) else ""
+    dataset = dataset if is_dataset_name(dataset) else ""
     return {"format_version": FORMAT_VERSION, "model": state, "model_config": shape,
             "tokenizer": nanogpt_tokenizer(dataset, shape["vocab_size"], path)}
 
@@ -484,7 +507,7 @@ def set_state(model, optimizers, checkpoint, path):
                     if k == "step":  # a fused optimizer counts on p's device, another one on the CPU
                         state[k] = t.to(p.device if group.get("fused") else "cpu")
                     else:
-                        state[k] = shard_like(t.to(p.device), p)
+                        state[k] = shard_like(t.to(p.device, p.dtype), p)
 
 
 def first_line(e):
@@ -536,6 +559,9 @@ def lock_run(folder):
     return lock
 
 
+UNFINISHED = re.compile(r"(latest|best)\.pt\.tmp|(log\.csv|\.process)\.\d+\.tmp")  # what a killed process leaves behind
+
+
 class Log:
     """A run's log.csv, and the same figures for TensorBoard and Weights & Biases, if `config` asks for them. A new run
     moves an earlier one out of its folder. A run that resumes from `checkpoint` keeps the rows up to its step, and the
@@ -553,12 +579,17 @@ class Log:
                 import wandb
         except ImportError as e:
             raise UserError(f"--{e.name} needs: pip install {e.name}") from None
+        if Path.cwd().is_relative_to(Path(folder).resolve()):  # it could not be renamed later
+            raise UserError(f"out_dir must be a folder for this run alone, not {str(folder)!r}; name another one")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = lock_run(self.path.parent)
+        if checkpoint and checkpoint.get("changed_at") != changed_at(self.path.with_name("latest.pt")):
+            raise UserError(f"another run has just saved {self.path.with_name('latest.pt')}; start again")
         while not checkpoint and move_earlier_run(Path(folder), self.lock):  # the lock has moved with the folder
             self.lock = lock_run(self.path.parent)
-        for unfinished in itertools.filterfalse(Path.is_dir, self.path.parent.glob("*.tmp")):  # of a killed process
-            unfinished.unlink()
+        for file in self.path.parent.glob("*.tmp"):
+            if UNFINISHED.fullmatch(file.name) and not file.is_dir():
+                file.unlink()
         rows, damaged = read_log(self.path) if checkpoint and self.path.exists() else ([], 0)
         if damaged:
             print(f"{self.path}: left out {damaged} damaged line{'s' * (damaged != 1)}", flush=True)
@@ -568,7 +599,8 @@ class Log:
         # A run that resumes at step 0 evaluates once more, and writes that row again.
         writer.writerows(row for row in rows if int(row["iter"]) <= checkpoint["iter_num"] > 0)
         write_atomically(self.path, text.getvalue().encode())
-        self.board = SummaryWriter(folder) if config["tensorboard"] else None
+        if config["tensorboard"]:  # points of steps after the checkpoint's, of a killed run, are removed
+            self.board = SummaryWriter(folder, purge_step=checkpoint["iter_num"] + 1 if checkpoint else None)
         if config["wandb"]:
             self.wandb = wandb.init(project=config["wandb_project"], name=config["wandb_name"] or str(folder),
                                     dir=folder, config=config, id=self.wandb_id, resume="allow")
@@ -792,8 +824,8 @@ def model_card(checkpoint, folder):
     """The README.md of an export: what the model is, on what it was trained and how, and how to load it."""
     shape, text, loss = checkpoint["model_config"], checkpoint.get("text") or {}, checkpoint.get("best_val_loss")
     settings = (checkpoint.get("config") or {}) | shape
-    machine = ("out_dir", "init_from", "device", "wandb", "wandb_project", "wandb_name", "tensorboard", "vocab_size")
-    words = [f"--{k}={v}" for k, v in settings.items() if k not in machine and v not in (None, "")]
+    machine = ("out_dir", "device", "wandb", "wandb_project", "wandb_name", "tensorboard", "vocab_size")
+    words = [f"--{k}={v}" for k, v in settings.items() if k not in machine and v not in (None, "", "scratch", "resume")]
     name = Path(folder).resolve().name
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {name}", "",
              f"A GPT with GPT-2's architecture: {shape['n_layer']} layers, {shape['n_head']} heads, width "

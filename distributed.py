@@ -119,7 +119,7 @@ def run_on_main_process(function, *args):
     if is_distributed:
         key = f"call {calls}"
         if is_main_process():
-            store.set(key, error)
+            store.set(key, error.encode(errors="backslashreplace"))
         store.wait([key], datetime.timedelta(days=30))
         error = store.get(key).decode()
         all_reduce_sum(0)  # the main process may hold the store, so it must not end before all have read

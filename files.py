@@ -125,8 +125,8 @@ def bits_per_byte(loss, meta):
 
 
 def is_dataset_name(name):
-    """Whether this can be the name of a dataset, a folder in data/."""
-    return re.fullmatch(r"\w[\w.-]*", name) is not None
+    """Whether this can be the name of a dataset, a folder in data/. Two folders there are caches."""
+    return re.fullmatch(r"\w[\w.-]*", name) is not None and name not in ("compiled", "tiktoken")
 
 
 def prepare_dataset(folder, arguments, give_up):

@@ -186,6 +186,8 @@ def read_json_array(path):
                     why = f"{e.msg} in record {number + 1}"
                 except RecursionError:
                     raise UserError(f"{path} is not JSON: record {number + 1} is nested too deeply") from None
+                except ValueError:  # Python reads no integer of more than 4300 digits
+                    raise UserError(f"{path}: record {number + 1} has a number with too many digits") from None
             if chunk == b"" and closed:
                 return
             if chunk == b"":

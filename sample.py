@@ -89,7 +89,7 @@ def read_prompt(start):
         prompt = "\n" if tok.eot is not None or "\n" in tok.chars else tok.chars[0]
     elif start.startswith("FILE:"):
         try:
-            prompt = read_small(start[5:], pipes=True).decode("utf-8-sig").replace("\r\n", "\n")
+            prompt = read_small(start[5:], pipes=True).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as e:
             raise UserError(f"{start[5:]} is not UTF-8 at byte {e.start}; convert it first, for example with iconv"
                             ) from None

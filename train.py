@@ -77,6 +77,8 @@ def check_settings(source=None):
             "log_interval", "checkpoint_interval")
     must_be("at least 0", lambda x: 0 <= x < math.inf,
             "seed", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "final_lr_fraction", "patience")
+    must_be(f"at least max_iters ({max_iters}) if final_lr_fraction is 0",  # else the last steps would change nothing
+            lambda x: final_lr_fraction > 0 or x >= (max_iters or 0), "lr_decay_iters")
     must_be("in [0, 1)", lambda x: 0 <= x < 1, "dropout", "beta1", "beta2", "muon_momentum")
     must_be("'adamw' or 'muon'", lambda x: x in ("adamw", "muon"), "optimizer")
     must_be("'cosine' or 'linear'", lambda x: x in ("cosine", "linear"), "lr_decay")
@@ -92,8 +94,8 @@ import numpy as np
 import torch
 
 import distributed
-from checkpoint import TO_RESUME, Log, check_probe, format_seconds, get_state, has_same_text, load_checkpoint
-from checkpoint import load_pretrained, probe, save_checkpoint, set_state
+from checkpoint import Log, check_probe, format_seconds, get_state, has_same_text, load_pretrained, load_to_resume
+from checkpoint import probe, save_checkpoint, set_state
 from defaults import choose_settings
 from device import can_compile, check_training_memory, choose_device, choose_dtype, peak_flops, peak_memory, to_device
 from distributed import all_reduce_sum, print_once
@@ -108,8 +110,8 @@ checkpoint = pretrained = tokenizer = None
 fixed, source = {}, None  # settings that a loaded model decides, and where it came from
 if init_from == "resume" and (out / "latest.pt").exists():
     source = out / "latest.pt"
-    checkpoint = load_checkpoint(source, TO_RESUME)
-    not_kept = {"init_from", "out_dir", "prepare", "strategy", *overrides, *["device"] * distributed.is_distributed}
+    checkpoint = load_to_resume(source)
+    not_kept = {"out_dir", "prepare", "strategy", *overrides, *["device"] * distributed.is_distributed} - {"init_from"}
     config |= checked({k: v for k, v in checkpoint["config"].items() if k in config and k not in not_kept}, source)
     fixed = checkpoint["model_config"] | {"optimizer": checkpoint["config"].get("optimizer", optimizer)}
     tokenizer = checkpoint["tokenizer"]
@@ -193,7 +195,7 @@ model = torch.compile(raw_model) if compile else raw_model
 if distributed.is_distributed and strategy == "ddp":
     model = distributed.replicate(model, device)
 iter_num, best_val_loss, bad_evals, seconds, eval_seconds = 0, None, 0, 0.0, 0.0  # a resume restores the first four
-text = {"dataset": dataset} | {k: meta.get(k) for k in ("sha256", "val_tokens", "val_bytes")}
+text = {k: meta.get(k) for k in ("sha256", "val_tokens", "val_bytes")} | {"dataset": dataset, "evaluated": eval_tokens}
 if checkpoint:
     set_state(raw_model, [o for o, _ in optimizers], checkpoint, source)
     check_probe(raw_model, checkpoint, source)
@@ -302,14 +304,13 @@ def check_finite(*losses):
 if __name__ == "__main__":
     if chosen:
         print_once(f"chosen to fit {dataset}: {' '.join(f'--{name}={value}' for name, value in chosen.items())}")
-    tokens_per_step = sequences * block_size
+    tokens_per_step, V = sequences * block_size, meta["vocab_size"]
     print_once(f"{raw_model.num_parameters():,} parameters ({raw_model.num_parameters(embeddings=False):,} without "
                f"embeddings) on {device} in {dtype}{', compiled' if compile else ''}; {max_iters} steps of "
                f"{tokens_per_step:,} tokens, {max_iters * tokens_per_step / len(train_data):.1f} epochs of {dataset}")
     if checkpoint:
         print_once(f"resuming {out_dir} after step {iter_num}")
     elif not pretrained:  # all tokens are about equally likely to an untrained model
-        V = meta["vocab_size"]
         print_once(f"untrained, the loss should be about ln(vocab_size) = ln({V}) = {math.log(V):.4f}")
     if eval_only:
         evaluate_and_keep_best()

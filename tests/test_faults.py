@@ -28,6 +28,7 @@ from checkpoint import (
     load_checkpoint,
     load_model,
     load_pretrained,
+    load_to_resume,
     lock_run,
     move_aside,
 )
@@ -332,6 +333,81 @@ def test_an_optimizers_averages_that_do_not_fit_are_refused(trained, damage):
     how = ["--init_from=resume", f"--out_dir={folder.name}", "--max_iters=70"]
     error = trained.fails("train.py", *how)
     assert "does not fit" in error or "exp_avg is of torch.complex64" in error
+
+
+# --- a folder that holds other files, too ---
+
+def test_files_of_others_stay_where_they_are(trained):
+    """In a folder that holds no run, and then beside one that goes on."""
+    folder = trained.folder / "others"
+    folder.mkdir()
+    for name in ("notes.tmp", "best.pt.2.tmp"):
+        (folder / name).write_text("precious")
+    (folder / "latest.pt.tmp").write_text("half of a checkpoint")
+    trained.run("train.py", *TINY, "--max_iters=2", "--out_dir=others")
+    trained.run("train.py", *TINY, "--max_iters=4", "--out_dir=others", "--init_from=resume")
+    assert {p.name for p in folder.glob("*.tmp")} == {"notes.tmp", "best.pt.2.tmp"}
+    assert (folder / "notes.tmp").read_text() == "precious" and not (trained.folder / "others.1").exists()
+
+
+@pytest.mark.parametrize("folder", [".", ""])
+def test_a_run_does_not_take_the_current_folder(trained, folder):
+    assert "a folder for this run alone" in trained.fails("train.py", *TINY, "--max_iters=2", f"--out_dir={folder}")
+    assert not (trained.folder / "log.csv").exists()
+
+
+# --- a checkpoint that is not what it was ---
+
+def test_a_checkpoint_that_another_run_writes_meanwhile(trained, tmp_path):
+    """A run that resumes has read it before it holds the lock."""
+    shutil.copytree(trained.folder / "out", tmp_path / "out")
+    path, settings = tmp_path / "out" / "latest.pt", {"tensorboard": False, "wandb": False}
+    checkpoint = load_to_resume(path)
+    os.utime(path, ns=(0, checkpoint["changed_at"] + 1))
+    with pytest.raises(UserError, match="another run has just saved"):
+        Log(tmp_path / "out", checkpoint, settings)
+    Log(tmp_path / "out", load_to_resume(path), settings).lock.release()
+
+
+def test_other_tokens_to_evaluate_reset_the_lowest_loss(trained):
+    shutil.copytree(trained.folder / "out", trained.folder / "evaluated")
+    how = ["train.py", "--init_from=resume", "--out_dir=evaluated"]
+    assert "is reset" not in trained.run(*how, "--max_iters=62")
+    checkpoint = load_checkpoint(trained.folder / "evaluated" / "latest.pt")
+    checkpoint["best_val_loss"] = 0.5  # which the next evaluation does not reach
+    torch.save(checkpoint, trained.folder / "evaluated" / "latest.pt")
+    assert "eval_tokens is 64, not " in trained.run(*how, "--max_iters=64", "--eval_tokens=64")
+    assert load_checkpoint(trained.folder / "evaluated" / "best.pt")["best_val_loss"] > 0.5
+
+
+def test_steps_that_would_change_nothing_are_refused(trained):
+    shutil.copytree(trained.folder / "out", trained.folder / "zero")
+    how = ["train.py", "--init_from=resume", "--out_dir=zero", "--final_lr_fraction=0"]
+    error = trained.fails(*how, "--max_iters=70")
+    assert "lr_decay_iters must be at least max_iters (70) if final_lr_fraction is 0, got 60" in error
+    trained.run(*how, "--max_iters=62", "--lr_decay_iters=62")
+
+
+def test_a_run_of_an_earlier_muon_goes_on(trained):
+    """It kept no means of the rows' squares, and its momentum was always 0.95."""
+    shutil.copytree(trained.folder / "out", trained.folder / "earlier")
+    path = trained.folder / "earlier" / "latest.pt"
+    checkpoint = load_checkpoint(path)
+    for averages in checkpoint["optimizer"]["state"].values():
+        averages.pop("row_squares", None)
+    del checkpoint["config"]["muon_momentum"]
+    torch.save(checkpoint, path)
+    trained.run("train.py", "--init_from=resume", "--out_dir=earlier", "--max_iters=64")
+    checkpoint = load_checkpoint(path)
+    assert checkpoint["config"]["muon_momentum"] == 0.95
+    assert any("row_squares" in averages for averages in checkpoint["optimizer"]["state"].values())
+
+
+def test_a_card_names_the_weights_that_a_run_started_from(trained):
+    trained.run("train.py", *TINY, "--max_iters=2", "--init_from=out", "--out_dir=tuned")
+    trained.run("train.py", "--init_from=resume", "--max_iters=4", "--out_dir=tuned")
+    trained.run("checkpoint.py", "--out_dir=tuned", "--export=tuned-export")
+    assert "--init_from=out " in (trained.folder / "tuned-export" / "README.md").read_text()
 
 
 # --- files that someone edited ---

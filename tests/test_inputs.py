@@ -128,7 +128,8 @@ def test_a_single_json_object(project):
 
 @pytest.mark.parametrize("content, words", [
     ('{"text": "half', "is not JSON"), ("[1, 2", "is not JSON"), ("[1, 2]", "2 bad records"), ("", "is empty"),
-    ('{"data": ["a", "b"]}', "no key 'text' (--text_key) among ['data']"), ("3", "1 bad record skipped")])
+    ('{"data": ["a", "b"]}', "no key 'text' (--text_key) among ['data']"), ("3", "1 bad record skipped"),
+    ('[{"text": "a"}, {"text": "a", "n": ' + "1" * 5000 + "}]", "record 2 has a number with too many digits")])
 def test_other_json_is_one_line(project, content, words):
     (project.folder / "a.json").write_text(content)
     assert words in project.fails("prepare.py", "--dataset=mine", "--input=a.json")
