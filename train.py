@@ -77,8 +77,6 @@ def check_settings(source=None):
             "log_interval", "checkpoint_interval")
     must_be("at least 0", lambda x: 0 <= x < math.inf,
             "seed", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "final_lr_fraction", "patience")
-    must_be(f"at least max_iters ({max_iters}) if final_lr_fraction is 0",  # else the last steps would change nothing
-            lambda x: final_lr_fraction > 0 or x >= (max_iters or 0), "lr_decay_iters")
     must_be("in [0, 1)", lambda x: 0 <= x < 1, "dropout", "beta1", "beta2", "muon_momentum")
     must_be("'adamw' or 'muon'", lambda x: x in ("adamw", "muon"), "optimizer")
     must_be("'cosine' or 'linear'", lambda x: x in ("cosine", "linear"), "lr_decay")
@@ -310,6 +308,8 @@ if __name__ == "__main__":
                f"{tokens_per_step:,} tokens, {max_iters * tokens_per_step / len(train_data):.1f} epochs of {dataset}")
     if checkpoint:
         print_once(f"resuming {out_dir} after step {iter_num}")
+        if max_iters > lr_decay_iters and not final_lr_fraction:
+            print_once(f"the learning rate is 0 from step {lr_decay_iters} on; for more steps: --lr_decay_iters={max_iters}")
     elif not pretrained:  # all tokens are about equally likely to an untrained model
         print_once(f"untrained, the loss should be about ln(vocab_size) = ln({V}) = {math.log(V):.4f}")
     if eval_only:
