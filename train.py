@@ -309,7 +309,7 @@ if __name__ == "__main__":
     if checkpoint:
         print_once(f"resuming {out_dir} after step {iter_num}")
         if max_iters > lr_decay_iters and not final_lr_fraction:
-            print_once(f"the learning rate is 0 from step {lr_decay_iters} on; for more steps: --lr_decay_iters={max_iters}")
+            print_once(f"the rate is 0 from step {lr_decay_iters} on; for more steps: --lr_decay_iters={max_iters}")
     elif not pretrained:  # all tokens are about equally likely to an untrained model
         print_once(f"untrained, the loss should be about ln(vocab_size) = ln({V}) = {math.log(V):.4f}")
     if eval_only:
