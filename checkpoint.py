@@ -264,7 +264,7 @@ def upgrade(checkpoint):
                    "lr_decay_iters": config.get("max_iters")}
         checkpoint["format_version"] = 3
     if isinstance(config, dict):
-        config.setdefault("lr_decay", "cosine")  # there was no other
+        config.setdefault("lr_decay", "cosine")  # before these were settings, there was no other value
         config.setdefault("muon_momentum", 0.95)
 
 

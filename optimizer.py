@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
     large singular values do not dominate it (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural
     networks"). Matrices of one shape are orthogonalised together, in `dtype`; torch.optim.Muon takes one at a time, in
     bfloat16. A group's `parts` says how many matrices are stacked in each of its parameters. With `beta2`, the rows of
-    a step become equally large as well: see `even_rows`."""
+    a step become about equally large as well: see `even_rows`."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, beta2=0.0, weight_decay=0.0, parts=1, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, momentum=momentum, beta2=beta2, weight_decay=weight_decay, parts=parts))

@@ -101,7 +101,7 @@ from fast import for_training
 from model import GPT, GPTConfig
 from optimizer import make_optimizers, schedule
 
-# --- resume or start: a checkpoint brings its settings, except for those that this call names ---
+# --- resume or start: a checkpoint brings its settings, its own init_from too, but not others that this call names ---
 
 out = Path(out_dir)
 checkpoint = pretrained = tokenizer = None

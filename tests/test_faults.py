@@ -343,7 +343,7 @@ def test_files_of_others_stay_where_they_are(trained):
     folder.mkdir()
     for name in ("notes.tmp", "best.pt.2.tmp"):
         (folder / name).write_text("precious")
-    (folder / "latest.pt.tmp").write_text("half of a checkpoint")
+    (folder / "log.csv.123.tmp").write_text("half of a log, which a killed run left here")
     trained.run("train.py", *TINY, "--max_iters=2", "--out_dir=others")
     trained.run("train.py", *TINY, "--max_iters=4", "--out_dir=others", "--init_from=resume")
     assert {p.name for p in folder.glob("*.tmp")} == {"notes.tmp", "best.pt.2.tmp"}
