@@ -339,8 +339,8 @@ def check_averages(model, averages, path):
 
 
 def find_checkpoint(path):
-    """A checkpoint file, or the folder of a run -> the file: best.pt if it exists, otherwise latest.pt, otherwise
-    nanoGPT's ckpt.pt. None if there is none."""
+    """A checkpoint file, or the folder of a run -> the file: best.pt if it exists, otherwise latest.pt, as in a run
+    before its first evaluation, otherwise nanoGPT's ckpt.pt. None if there is none."""
     path = Path(path)
     return next((p for p in (path, path / "best.pt", path / "latest.pt", path / "ckpt.pt") if p.is_file()), None)
 
@@ -350,8 +350,10 @@ def load_model(out_dir, block_size=None, dropout=None):
     cuts off later positions. UserError if there is no checkpoint, or if it cannot be read."""
     path = find_checkpoint(out_dir)
     if path is None:
-        raise UserError(f"no checkpoint in {out_dir}: train one first, "
-                        "for example with python train.py config/train_shakespeare_char.py")
+        raise UserError(f"no checkpoint in {out_dir}: " + (
+            f"it holds a model in Hugging Face's format, which --init_from={out_dir} takes"
+            if (Path(out_dir) / "config.json").is_file() else
+            "train one first, for example with python train.py config/train_shakespeare_char.py"))
     checkpoint = load_checkpoint(path, TO_SAMPLE)
     config = model_config(checkpoint["model_config"], path)
     check_size(config, checkpoint["model"], path)

@@ -29,7 +29,9 @@ def choose_device(name=None):
             torch.accelerator.set_device_index(device.index)
         torch.zeros(1, device=device).item()  # the device "meta" has no numbers
     except (RuntimeError, AssertionError, ValueError) as e:  # torch raises any of these, depending on the device
-        raise UserError(f"device {name!r} cannot be used: {(str(e) or type(e).__name__).splitlines()[0]}") from None
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        reason = "not one of cpu, cuda, cuda:1, mps, xpu" if reason.startswith("Expected one of") else reason
+        raise UserError(f"device {name!r} cannot be used: {reason}") from None
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     return device

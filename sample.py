@@ -19,7 +19,7 @@ top_k: int | None = None           # draw from the k most likely tokens only
 top_p: float | None = None         # draw from the smallest set of tokens that holds this much probability
 repetition_penalty = 1.0           # above 1 makes tokens that have occurred less likely
 stop: str | None = None            # a text that ends a sample; it is not shown
-interactive = False                # read prompts from the keyboard; Ctrl-C stops a text, Ctrl-D ends the program
+interactive = False                # read prompts, after --start, from the keyboard; Ctrl-C stops a text, Ctrl-D ends
 seed = 1337                        # the same seed gives the same text
 device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
 dtype: str | None = None           # of the weights: float32, bfloat16, float16, int8; None: 16 bits on CUDA, else 32
@@ -154,10 +154,10 @@ if tok is None:
     raise UserError(f"{init_from} does not have GPT-2's tokenizer, the only one that this program knows; sample a "
                     "character model from its run's folder, with --out_dir")
 stop = stop and unescape(stop)
-prompt = None if interactive else read_prompt(start)  # before the model is prepared, to fail at once
+prompt = None if interactive and start is None else read_prompt(start)  # before the model is prepared, to fail at once
 for_inference(model.to(device), choose_dtype(device, dtype, training=False), compile)
 generator = torch.Generator(device).manual_seed(seed)
+if prompt is not None:
+    write_texts(*prompt)
 if interactive:
     converse()
-else:
-    write_texts(*prompt)

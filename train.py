@@ -252,7 +252,7 @@ def evaluate_and_keep_best():
     # A validation loss that rises while the training loss falls is overfitting: the model learns the text by heart.
     # best.pt keeps the model from before that, and patience ends the run.
     bad_evals = 0 if improved else bad_evals + 1
-    if improved and not eval_only:
+    if improved and not eval_only and (iter_num or init_from not in ("scratch", "resume")):  # not an untrained model
         best_val_loss = val_loss
         save(out / "best.pt", with_optimizers=False)
     return {"train_loss": train_loss, "val_loss": val_loss}

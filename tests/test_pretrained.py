@@ -229,5 +229,6 @@ def test_trained_exported_and_finetuned(trained):
     assert "n_layer=2, not 3" in project.fails("train.py", "--init_from=exported", "--dataset=verse", "--n_layer=3")
     assert "block_size 300" in project.fails("train.py", "--init_from=exported", "--dataset=verse", "--block_size=300")
     assert "different tokenizers" in project.fails("train.py", "--init_from=exported", "--dataset=tiny")
+    assert "--init_from=exported takes" in project.fails("sample.py", "--out_dir=exported")
     assert "neither a folder" in project.fails("sample.py", "--init_from=no-such/model")
     assert "--export=FOLDER" in project.fails("checkpoint.py")

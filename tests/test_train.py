@@ -145,6 +145,21 @@ def test_killed_and_resumed_is_the_run_that_was_never_killed(trained, how, code)
     assert same_run(reference, out)
 
 
+def test_a_run_stopped_before_its_first_evaluation_has_its_last_model_to_sample(trained):
+    out = trained.folder / "brief"
+
+    def stop(pid):
+        deadline = time.time() + 60
+        while step_of_log(out) < 10 and time.time() < deadline:
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGTERM)
+    trained.finish("train.py", *TINY, "--max_iters=9000", "--eval_interval=9000", "--out_dir=brief", meanwhile=stop)
+    assert load_model(out)[2]["iter_num"] >= 10  # and not the untrained model
+    trained.run("train.py", "--init_from=resume", "--out_dir=brief", "--eval_interval=1", "--max_iters=9000",
+                "--patience=1", "--learning_rate=1e-12", "--muon_learning_rate=1e-12")
+    assert (out / "best.pt").exists()
+
+
 def test_resume_takes_the_runs_settings_and_what_is_named(trained):
     shutil.copytree(trained.folder / "out", trained.folder / "more")
     assert "nothing to do" in trained.run("train.py", "--init_from=resume", "--out_dir=more")
@@ -197,7 +212,8 @@ def test_a_missing_dataset_is_prepared(project):
 @pytest.mark.parametrize("argument, words", [
     ("--dataset=none", "no text for the dataset 'none'"), ("--block_size=100000", "too few for a block_size of 100000"),
     ("--n_head=5", "divisible by n_head"), ("--optimizer=sgd", "'adamw' or 'muon', got 'sgd'"),
-    ("--device=gpu", "device 'gpu' cannot be used"), ("--dtype=int3", "got 'int3'"), ("--batch_size=0", "batch_size"),
+    ("--device=gpu", "device 'gpu' cannot be used: not one of cpu, cuda"),
+    ("--dtype=int3", "got 'int3'"), ("--batch_size=0", "batch_size"),
     ("--n_layer=0", "n_layer must be above 0"), ("--block_size=-1", "block_size must be above 0"),
     ("--max_iters=-1", "max_iters"), ("--dropout=1.5", "dropout"), ("--learning_rate=nan", "learning_rate"),
     ("--beta1=1.0", "beta1"), ("--seed=-1", "seed"), ("--strategy=zero", "'ddp' or 'fsdp', got 'zero'"),
