@@ -87,6 +87,8 @@ def read_prompt(start):
     """The setting `start` -> the prompt as text and as ids."""
     if start is None:
         prompt = "\n" if tok.eot is not None or "\n" in tok.chars else tok.chars[0]
+    elif start == "FILE:":
+        raise UserError("--start=FILE: needs the name of a file, as in --start=FILE:prompt.txt")
     elif start.startswith("FILE:"):
         try:
             prompt = read_small(start[5:], pipes=True).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")

@@ -40,8 +40,9 @@ def test_stop_ends_a_sample(trained):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--out_dir=nowhere"], "train one first"), (["--start=ŵ"], "'ŵ' (U+0175) is not among"), (["--start="], "empty"),
-    (["--start=FILE:none.txt"], "none.txt"), (["--temperature=-1"], "temperature"), (["--top_k=0"], "top_k"),
-    (["--top_p=1.5"], "top_p"), (["--repetition_penalty=1e-320"], "repetition_penalty"), (["--device=meta"], "'meta'"),
+    (["--start=FILE:none.txt"], "none.txt"), (["--start=FILE:"], "the name of a file"),
+    (["--temperature=-1"], "temperature"), (["--top_k=0"], "top_k"), (["--top_p=1.5"], "top_p"),
+    (["--repetition_penalty=1e-320"], "repetition_penalty"), (["--device=meta"], "'meta'"),
     (["--dtype=int3"], "dtype"), (["--num_samples=0"], "num_samples")])
 def test_errors(trained, arguments, words):
     assert words in trained.fails("sample.py", *arguments)
