@@ -15,6 +15,7 @@ has done its work, such as .item(), bool() or nonzero(). The step is the script'
 This shows crashes, wrong devices, wrong arguments, wrong choices and unwanted waiting. In float32 the losses are the
 CPU's. It cannot show speed, the device's own kernels, torch.compile, CUDA graphs or NCCL: those need the device.
 """
+import importlib.util
 import json
 import os
 import runpy
@@ -338,8 +339,11 @@ def install_cuda():
             max_memory_reserved=lambda device=None: 1 << 30, memory_reserved=lambda device=None: 1 << 30,
             reset_peak_memory_stats=lambda device=None: None, mem_get_info=lambda device=None: (70 << 30, 80 << 30),
             empty_cache=lambda: None, manual_seed=lambda seed: None, manual_seed_all=lambda seed: None,
+            is_current_stream_capturing=lambda: False,
             get_rng_state=lambda device="cuda": torch.get_rng_state()).items():
         setattr(torch.cuda, name, f)
+    find_spec = importlib.util.find_spec  # PyTorch for CUDA brings triton along, which compiles for a real GPU alone
+    importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
     foreach = torch.utils._foreach_utils
     kernels = foreach._get_foreach_kernels_supported_devices()
     foreach._get_foreach_kernels_supported_devices = lambda: [*kernels, "meta"]  # C++ groups by the device underneath
