@@ -294,9 +294,9 @@ def compiler_options(dtype):
 @functools.cache
 def step_compiled_here(device, dtype):
     """The step for one token, compiled in this process for each shape of the cache. On CUDA it becomes a CUDA graph."""
-    how = dict(dynamic=False, isolate_recompiles=True, recompile_limit=64)
-    how |= {"mode": "reduce-overhead"} if device == "cuda" else {"options": compiler_options(dtype)}
-    return torch.compile(Prepared.plain_step, **how)
+    torch._dynamo.config.recompile_limit = 64
+    how = {"mode": "reduce-overhead"} if device == "cuda" else {"options": compiler_options(dtype)}
+    return torch.compile(Prepared.plain_step, dynamic=False, **how)
 
 
 class Step(nn.Module):

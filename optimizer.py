@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
                 grads = [p.grad for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - momentum)
-                updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov momentum
+                updates = [g.lerp(b, momentum) for g, b in zip(grads, buffers, strict=True)]  # Nesterov momentum
                 updates = torch.stack([gathered(u) for u in updates]).to(self.dtype)
                 rows, cols = shape[0] // group["parts"], shape[1]
                 updates = orthogonalize(updates.view(-1, rows, cols)).view(-1, *shape).to(params[0].dtype)
