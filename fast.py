@@ -115,6 +115,18 @@ class FastDropout(nn.Dropout):
         return x * (keep.to(x.dtype) / (1.0 - self.p))
 
 
+# --- the loss ---
+
+class LossOnly:
+    """What a model that is prepared for training does differently; mixed into its class. A compiled function stores all
+    that it returns. Logits that nobody reads would be stored in float32, and so would their gradient, which is zero."""
+
+    def forward(self, idx, targets=None, *args, **kwargs):
+        """As GPT.forward, but (None, loss) in compiled code, if there are targets."""
+        logits, loss = super().forward(idx, targets, *args, **kwargs)
+        return (None if torch.compiler.is_compiling() and loss is not None else logits), loss
+
+
 # --- linear layers ---
 
 INSTRUCTIONS = torch.backends.cpu.get_cpu_capability()  # the processor's vector instructions, such as AVX2 or AVX512
@@ -246,18 +258,27 @@ class StaticCache(KVCache):
     """A cache for compiled code. Its length is a tensor, and `append` returns the whole capacity, so no shape and no
     number in the program changes from token to token. The attention finds out from the positions what is filled."""
 
-    def __init__(self, *args):
+    def __init__(self, *args, spare=None):
+        """spare: where the memory of caches goes that are not used any more, {shape: [their tensors]}."""
         super().__init__(*args)
         self.length = torch.zeros(1, dtype=torch.long, device=self.k[0].device)
-        self.mark()
+        self.spare = {} if spare is None else spare
+        self.settle()
 
-    def mark(self):
-        """Tells the compiler that these tensors stay at their addresses, though their contents change. Otherwise it
-        does not use CUDA graphs."""
+    def settle(self):
+        """On CUDA, moves to the memory of an earlier cache of this shape, if there is one that nobody uses any more. A
+        CUDA graph contains addresses, so other memory would need another graph."""
         if not self.length.is_cuda:
             return
-        for tensor in (*self.k, *self.v, self.length):
+        n, here = len(self.k), [*self.k, *self.v, self.length]
+        unused = self.spare.setdefault(self.k[0].shape, [])
+        tensors = unused.pop() if unused else here
+        for tensor, new in zip(tensors, here, strict=True):
+            tensor.copy_(new)
+        self.k, self.v, self.length = tensors[:n], tensors[n:-1], tensors[-1]
+        for tensor in tensors:  # tells the compiler that the address stays; otherwise it does not use CUDA graphs
             torch._dynamo.mark_static_address(tensor, guard=False)
+        weakref.finalize(self, unused.append, tensors)
 
     def positions(self, T):
         """The positions (T,) of the next T tokens."""
@@ -278,7 +299,7 @@ class StaticCache(KVCache):
         """A cache that holds every sequence n times, side by side."""
         repeated = super().repeat(n)
         repeated.length = self.length.clone()
-        repeated.mark()
+        repeated.settle()
         return repeated
 
 
@@ -425,7 +446,8 @@ class Prepared:
             return super().new_cache(batch_size, length)
         if length is not None and 0 < length <= self.config.block_size:
             length = min(self.config.block_size, 2 ** (length - 1).bit_length())
-        return StaticCache(self.config, batch_size, length, self.wte.weight.device, self.wte.weight.dtype)
+        return StaticCache(self.config, batch_size, length, self.wte.weight.device, self.wte.weight.dtype,
+                           spare=vars(self).setdefault("spare_caches", {}))
 
     def plain_step(self, token, cache):
         """The model's own decode_one_token."""
@@ -439,8 +461,15 @@ class Prepared:
         return logits.clone() if token.is_cuda else logits  # the next run of a CUDA graph writes over its outputs
 
 
-class PreparedGPT(Prepared, GPT):
-    """A GPT that is prepared for inference."""
+@functools.cache
+def mixed(mixin, cls):
+    """The class that is both."""
+    return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {})
+
+
+def mix_in(mixin, model):
+    """Makes the model one of its class that does what `mixin` does differently."""
+    model.__class__ = mixed(mixin, type(model))
 
 
 # --- memory ---
@@ -545,6 +574,8 @@ def restore(model):
     for module in model.modules():
         if type(module) in (FusedAttention, FastDropout, FastLinear, PaddedLinear):
             module.__class__ = type(module).__base__
+    if isinstance(model, LossOnly):
+        model.__class__ = type(model).__bases__[1]
 
 
 def has_onednn(model):
@@ -567,6 +598,7 @@ def for_training(model):
             replace(model, nn.Linear, FastLinear)
         if model.wte.weight.device.type == "cuda":
             replace_head(model)
+    mix_in(LossOnly, model)
     return model.train(was_training)
 
 
@@ -600,8 +632,7 @@ def for_inference(model, dtype="float32", compile=False):
                 stay_plain(nn.Linear, type(layer))
             layer.__class__, layer.weight = nn.Linear, weight
             layer._buffers.pop("scale", None)
-    cls = type(model)
-    model.__class__ = PreparedGPT if cls is GPT else type(f"Prepared{cls.__name__}", (Prepared, cls), {})
+    mix_in(Prepared, model)
     model.prepared_as = dtype, compile
     model.was_tied = was_tied and model.lm_head.weight is not model.wte.weight
     return model
