@@ -4,7 +4,7 @@
     python train.py --dataset=mine --n_layer=4  # the same choice, but with 4 layers
 
 More text deserves a larger model, a longer context and more steps. The numbers for a CPU come from trials on two cores
-with texts from 50 KB to 20 MB: see docs/training.md. Those for a GPU have not been tried.
+with texts from 50 KB to 20 MB: see docs/training.md. Of those for a GPU, only one was tried, with 1 MB of characters.
 """
 import math
 
@@ -20,7 +20,8 @@ ON_A_GPU = [(200_000, 4, 256, 128, 32, 600),
             (5_000_000, 6, 384, 256, 64, 2000),
             (math.inf, 8, 512, 256, 128, 5000)]
 # A model that has read a text more often than this has begun to learn it by heart.
-EPOCHS, EPOCHS_OF_BYTE_PAIRS = 8, 3  # the second one is for finetuning, too
+EPOCHS, EPOCHS_ON_A_GPU, EPOCHS_OF_BYTE_PAIRS = 8, 6, 3  # the last one is for finetuning, too
+SHORT = 250_000  # tokens; with a text of up to so many, larger steps are better for Muon
 MOST_TO_EVALUATE = 2_000_000  # tokens
 
 
@@ -37,10 +38,13 @@ def choose_settings(config, tokens, vocab_size, device, finetune):
     best = row | {"block_size": context, "optimizer": optimizer,
                   "n_head": max(n for n in range(1, max(1, width // 32) + 1) if width % n == 0),
                   "learning_rate": 1e-4 if finetune else 1e-3 if optimizer == "adamw" else round(0.9 / width, 4)}
+    if optimizer == "muon":
+        best["muon_learning_rate"] = 0.03 if tokens <= SHORT and not finetune else 0.02
     if finetune:  # perhaps a large model: as many tokens in a step as in the table
         best["batch_size"] = max(1, row["batch_size"] * row["block_size"] // context)
     sequences = given.get("batch_size", best["batch_size"]) * given.get("gradient_accumulation_steps", 1)
-    epochs = EPOCHS_OF_BYTE_PAIRS if byte_pairs or finetune else EPOCHS
+    epochs = EPOCHS if device.type == "cpu" else EPOCHS_ON_A_GPU
+    epochs = EPOCHS_OF_BYTE_PAIRS if byte_pairs or finetune else epochs
     best["max_iters"] = min(row["steps"], max(1 if finetune else 50, epochs * tokens // (sequences * context)))
     steps = given.get("max_iters", best["max_iters"])
     best["eval_interval"] = max(1, steps // 8)

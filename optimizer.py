@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step from the gradients in .grad."""
+        """One step from the gradients in .grad, which it overwrites."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             by_shape = {}
@@ -66,8 +66,8 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
                 grads = [p.grad for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - momentum)
-                updates = [g.lerp(b, momentum) for g, b in zip(grads, buffers, strict=True)]  # Nesterov momentum
-                updates = torch.stack([gathered(u) for u in updates]).to(self.dtype)
+                torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov momentum, in place of the gradients
+                updates = torch.stack([gathered(g) for g in grads]).to(self.dtype)
                 rows, cols = shape[0] // group["parts"], shape[1]
                 updates = orthogonalize(updates.view(-1, rows, cols)).view(-1, *shape).to(params[0].dtype)
                 if group["beta2"] > 0.0:
@@ -82,10 +82,11 @@ class Muon(torch.optim.Optimizer):
         a running mean of its squares. A row belongs to one output of a layer. After the orthogonalisation, some rows
         are still much larger than others (Li et al. 2025, "NorMuon: Making Muon more efficient and scalable")."""
         squares = updates.square().mean(dim=-1, keepdim=True)  # (N, rows, 1)
-        for p, new in zip(params, squares, strict=True):
-            new = shard_like(new, p)
-            self.state[p].setdefault("row_squares", torch.zeros_like(new)).lerp_(new, 1 - beta2)
-        running = torch.stack([gathered(self.state[p]["row_squares"]) for p in params])
+        squares = [shard_like(s, p) for s, p in zip(squares, params, strict=True)]
+        means = [self.state[p].setdefault("row_squares", torch.zeros_like(s))
+                 for s, p in zip(squares, params, strict=True)]
+        torch._foreach_lerp_(means, squares, 1 - beta2)
+        running = torch.stack([gathered(m) for m in means])
         even = updates / running.sqrt().clamp(min=1e-7)
         norm_before, norm_after = (torch.linalg.matrix_norm(u, keepdim=True) for u in (updates, even))
         return even * (norm_before / norm_after.clamp(min=1e-7))

@@ -30,7 +30,7 @@ bias = False                       # biases in linear layers and norms
 optimizer: str | None = None       # adamw, or muon: Muon for the blocks' matrices, AdamW for the rest
 max_iters: int | None = None       # optimizer steps
 learning_rate: float | None = None  # AdamW's peak
-muon_learning_rate = 0.02          # Muon's peak
+muon_learning_rate: float | None = None  # Muon's peak
 muon_momentum = 0.9                # Muon's decay of the running mean of the gradient; 0.95 for long runs
 warmup_iters: int | None = None    # steps in which the rates rise to their peaks; None: a tenth of lr_decay_iters
 lr_decay = "linear"                # the curve on which they fall again: linear, or cosine
@@ -324,7 +324,7 @@ if __name__ == "__main__":
     if machine_peak:
         print_once(f"peak of matrix multiplications in {dtype}: {machine_peak / 1e12:.2f} TFLOP/s ({source})")
     distributed.catch_stop_signals()
-    start_iter, start_seconds, loss, stop = iter_num, seconds, None, 0
+    loss, stop = None, 0
     batch, mark, logged_at, logged_seconds = get_batch(iter_num), time.perf_counter(), iter_num, seconds
     while iter_num < max_iters and not stop and not out_of_patience():
         scale = schedule(iter_num, warmup_iters, lr_decay_iters, final_lr_fraction, lr_decay)
@@ -344,7 +344,7 @@ if __name__ == "__main__":
             now = time.perf_counter()
             seconds, mark = seconds + now - mark, now
             speed = (iter_num - logged_at) * tokens_per_step / (seconds - logged_seconds)
-            left = ((max_iters - iter_num) * (seconds - start_seconds) / (iter_num - start_iter)
+            left = ((max_iters - iter_num) * tokens_per_step / speed
                     + (math.ceil(max_iters / eval_interval) - iter_num // eval_interval) * eval_seconds)
             flops = speed * raw_model.flops_per_token(block_size) / world_size
             of_peak = f" ({flops / machine_peak:.0%} of peak)" if machine_peak else ""

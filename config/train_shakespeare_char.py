@@ -16,7 +16,9 @@ if torch.cuda.is_available():
     dropout = 0.2
     max_iters = 2000
     learning_rate = 1e-3
+    muon_learning_rate = 0.02
     lr_decay = "cosine"
+    log_interval = 50
     eval_interval = 250
 else:
     n_layer, n_head, n_embd, block_size = 2, 4, 128, 128

@@ -265,7 +265,7 @@ def test_sizes_that_nobody_names_fit_the_text(project):
     stays, and a resumed run keeps its choice."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     names = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters", "optimizer", "learning_rate",
-             "eval_interval", "eval_tokens")
+             "muon_learning_rate", "eval_interval", "eval_tokens")
     for vocab_size in (65, 50257):
         for device in (cpu, gpu):
             small, large = (choose_settings(dict.fromkeys(names), tokens, vocab_size, device, False)
@@ -273,6 +273,8 @@ def test_sizes_that_nobody_names_fit_the_text(project):
             assert small.keys() == large.keys() == set(names) and small["max_iters"] < large["max_iters"]
             assert small["n_embd"] < large["n_embd"] or (vocab_size, device) == (50257, cpu)
             assert all(chosen["n_embd"] % chosen["n_head"] == 0 for chosen in (small, large))
+            assert small["muon_learning_rate"] > large["muon_learning_rate"]
+    assert "muon_learning_rate" not in choose_settings(dict.fromkeys(names), 10 ** 4, 65, cpu, finetune=True)
     odd = choose_settings(dict.fromkeys(names) | {"n_embd": 50}, 20, 65, cpu, False)
     assert (odd["n_head"], odd["block_size"], "n_embd" in odd) == (1, 5, False)
     # At most 8 epochs, 3 of byte pairs and in finetuning, whatever the number of tokens in a step.

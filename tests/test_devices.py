@@ -95,6 +95,13 @@ def losses(folder):
     return np.array([[float(v or 0) for v in row] for row in rows(folder, ["loss", "train_loss", "val_loss"])])
 
 
+def test_more_processes_than_gpus(machine):
+    error = machine.attempt("A100", "train.py", *SMALL, "--device=cuda:1").stderr
+    assert error == "error: device 'cuda:1' cannot be used: this machine has 1, counted from 0\n"
+    error = machine.attempt("A100", "train.py", *SMALL, LOCAL_RANK="1").stderr
+    assert error == "error: device 'cuda' cannot be used: this machine has 1, so give torchrun --nproc_per_node=1\n"
+
+
 # --- training ---
 
 @on_all_devices
@@ -417,3 +424,37 @@ distributed.finish = finish_and_say""")
     step = load_checkpoint(other.folder / "together" / "latest.pt")["iter_num"]
     assert 2 <= step < 50 and "stopping early" in printed
     assert sorted(re.findall(r"process (\d) ends after step (\d+)", printed)) == [("0", str(step)), ("1", str(step))]
+
+
+def test_a_static_cache_reuses_memory(other):
+    """On CUDA, since a CUDA graph contains addresses. A cache is as good as new, and those in use share nothing."""
+    (other.folder / "program.py").write_text("""
+import torch
+from fast import for_inference
+from model import GPT, GPTConfig
+model = for_inference(GPT(GPTConfig(block_size=16, vocab_size=9, n_layer=2, n_head=2, n_embd=8)).to("cuda"),
+                      compile=True)
+idx = torch.randint(9, (1, 5), device="cuda")
+
+
+def addresses(cache):
+    return [t.raw.data_ptr() for t in (*cache.k, *cache.v, cache.length)]
+
+
+cache = model.new_cache(1)
+first = model.prefill(idx, cache)
+three = cache.repeat(3)
+before, of_three = addresses(cache), addresses(three)
+assert not set(before) & set(of_three) and int(three.length) == 5
+assert torch.equal(three.k[1][2].raw, cache.k[1][0].raw) and three.k[1].raw[:, :, :5].abs().min() > 0
+del cache
+cache = model.new_cache(1)
+assert addresses(cache) == before and int(cache.length) == 0 and cache.v[1].raw.abs().max() == 0
+assert torch.equal(model.prefill(idx, cache).raw, first.raw)
+second = model.new_cache(1)
+assert not set(addresses(second)) & {*before, *of_three}
+del three
+assert addresses(cache.repeat(3)) == of_three and addresses(model.new_cache(1, 8)) != before
+print("the same memory")
+""")
+    assert "the same memory" in other.on("A100", "program.py")

@@ -27,6 +27,7 @@ from fast import (
     StaticCache,
     for_inference,
     for_training,
+    restore,
 )
 from files import UserError
 from model import GPT, CausalSelfAttention, GPTConfig, KVCache, attention
@@ -293,6 +294,20 @@ def test_int8_of_a_row_of_zeros():
 
 
 # --- the static cache ---
+
+def test_compiled_training_returns_the_loss_alone():
+    model, ids = random_model(0), torch.randint(37, (3, 17), generator=torch.Generator().manual_seed(0))
+    x, y = ids[:, :-1], ids[:, 1:]
+    logits, loss = model(x, y)
+    for_training(model.train())
+    compiled = torch.compile(model, backend="eager")
+    nothing, same = compiled(x, y)
+    assert nothing is None and same.item() == pytest.approx(loss.item(), abs=1e-6)
+    torch.testing.assert_close(model(x, y)[0], logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compiled(x)[0], logits, atol=1e-5, rtol=1e-5)  # without targets
+    restore(model)
+    assert type(model) is GPT and type(copy.deepcopy(for_training(model))) is type(model)
+
 
 def check_static_cache():
     """Logits in chunks of any length through a StaticCache, against those of the whole."""

@@ -52,7 +52,7 @@ def test_muon_takes_stacked_matrices_apart():
     theirs = torch.optim.Muon(single, lr=0.02, weight_decay=0.0)
     for _ in range(3):
         stacked.grad = torch.randn(30, 10)
-        for p, g in zip(single, stacked.grad.split(10), strict=True):
+        for p, g in zip(single, stacked.grad.clone().split(10), strict=True):
             p.grad = g
         ours.step()
         theirs.step()
@@ -71,7 +71,8 @@ def test_even_rows():
         for step in range(4):
             before, plain_before = ([p.detach().clone() for p in ps] for ps in (params, plain))
             for p, q in zip(params, plain, strict=True):
-                p.grad = q.grad = torch.randn(shape).double() * torch.linspace(0.1, 3, shape[0])[:, None] ** 2
+                p.grad = torch.randn(shape).double() * torch.linspace(0.1, 3, shape[0])[:, None] ** 2
+                    q.grad = p.grad.clone()
             ours.step()
             reference.step()
             for i, (p, q) in enumerate(zip(params, plain, strict=True)):
