@@ -108,5 +108,6 @@ def trained(tmp_path_factory):
 
 
 TINY = ["--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=8",
-        "--optimizer=muon", "--learning_rate=1e-3", "--lr_decay=cosine", "--final_lr_fraction=0.1", "--dropout=0.1",
+        "--optimizer=muon", "--learning_rate=1e-3", "--muon_learning_rate=0.02", "--lr_decay=cosine",
+        "--final_lr_fraction=0.1", "--dropout=0.1",
         "--eval_interval=20", "--log_interval=5", "--checkpoint_interval=10"]

@@ -72,7 +72,7 @@ def test_even_rows():
             before, plain_before = ([p.detach().clone() for p in ps] for ps in (params, plain))
             for p, q in zip(params, plain, strict=True):
                 p.grad = torch.randn(shape).double() * torch.linspace(0.1, 3, shape[0])[:, None] ** 2
-                    q.grad = p.grad.clone()
+                q.grad = p.grad.clone()
             ours.step()
             reference.step()
             for i, (p, q) in enumerate(zip(params, plain, strict=True)):
