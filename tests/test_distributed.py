@@ -15,7 +15,7 @@ from test_train import rows, step_of_log
 
 SETTINGS = ["--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
             "--gradient_accumulation_steps=4", "--muon_learning_rate=0.02", "--dtype=float32", "--log_interval=1",
-            "--warmup_iters=0", "--final_lr_fraction=1.0"]  # a constant rate, so that a run may stop at any max_iters and go on
+            "--warmup_iters=0", "--final_lr_fraction=1.0"]  # a constant rate: a run may stop at any max_iters and go on
 COLUMNS = ["iter", "tokens", "loss", "train_loss", "val_loss"]
 
 
