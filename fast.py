@@ -13,15 +13,16 @@ Both change the model in place and return it: a layer gets a subclass that compu
                            PackedLinear      its weight is stored in the order in which oneDNN reads it     1.4x
     nn.Linear              Int8Linear        a weight takes one byte instead of four                        5.1x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              unmeasured
+    GPT, compiled          LossOnly          a training step need not store logits that nobody reads        1.04x
     decode_one_token       compiled          one loop reads each weight once, whatever its dtype            1.5x
     memory on Linux        kept              what is freed and needed again does not go back to the system  2.0x
 
-    python fast.py   # measures these gains, but the last, on this machine
+    python fast.py   # measures these gains on this machine's CPU, but not the last
 
-The gains above are from two cores of an AMD EPYC (Zen 4). oneDNN and MKL are the libraries that multiply matrices for
-PyTorch on a CPU. The gain of PackedLinear is that of a single row. The compiled step (in float32) and Int8Linear
-(compiled) are compared with PackedLinear, not with nn.Linear. The gain of kept memory is that of a training step on
-byte pairs, with and without the call of keep_memory:
+The gains above are from two cores of an AMD EPYC (Zen 4). That of LossOnly is from an NVIDIA H200: see docs/scaling.md.
+oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gain of PackedLinear is that of a
+single row. The compiled step (in float32) and Int8Linear (compiled) are compared with PackedLinear, not with nn.Linear.
+The gain of kept memory is that of a training step on byte pairs, with and without the call of keep_memory:
 
     python bench_train.py config/train_shakespeare_char.py --dataset=shakespeare
 
