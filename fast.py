@@ -124,8 +124,8 @@ class LossOnly:
 
     def forward(self, idx, targets=None, *args, **kwargs):
         """As GPT.forward, but (None, loss) in compiled code, if there are targets."""
-        logits, loss = super().forward(idx, targets, *args, **kwargs)
-        return (None if torch.compiler.is_compiling() and loss is not None else logits), loss
+        found = super().forward(idx, targets, *args, **kwargs)
+        return (None, *found[1:]) if torch.compiler.is_compiling() and targets is not None else found
 
 
 # --- linear layers ---
