@@ -66,8 +66,8 @@ def on_cpu(machine):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("dtype, compile, most", [("float32", False, 0.01), ("float32", True, 0.01),
-                                                  ("bfloat16", True, 0.05), ("float16", True, 0.05)])
+@pytest.mark.parametrize("dtype, compile, most", [("float32", False, 2e-3), ("float32", True, 2e-3),
+                                                  ("bfloat16", True, 1e-2), ("float16", True, 1e-2)])
 def test_losses_are_those_of_the_cpu(machine, on_cpu, optimizer, dtype, compile, most):
     """Within the rounding of the GPU's formats: TF32 for float32, and 16 bits for the others."""
     out = f"{optimizer}-{dtype}-{compile}"
@@ -88,7 +88,7 @@ def test_torchrun(machine, on_cpu, strategy):
                            f"--out_dir={strategy}"], cwd=machine.folder, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, env=os.environ | {"CUDA_VISIBLE_DEVICES": GPU})
     assert done.returncode == 0, done.stdout
-    assert np.abs(losses(machine, strategy) - on_cpu["muon"]).max() < 0.01
+    assert np.abs(losses(machine, strategy) - on_cpu["muon"]).max() < 2e-3
 
 
 def test_a_resumed_run_goes_on_as_before(machine):
@@ -99,7 +99,7 @@ def test_a_resumed_run_goes_on_as_before(machine):
     on_gpu(machine, "train.py", "--init_from=resume", "--max_iters=40", "--out_dir=parts")
     difference = np.abs(losses(machine, "whole") - losses(machine, "parts")).max()
     print(f"\nresumed: losses differ by at most {difference:.1e}")
-    assert difference < 0.01
+    assert difference < 5e-3
 
 
 MODEL = """
