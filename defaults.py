@@ -21,7 +21,7 @@ ON_A_GPU = [(200_000, 4, 256, 128, 32, 600),
             (math.inf, 8, 512, 256, 128, 5000)]
 # A model that has read a text more often than this has begun to learn it by heart.
 EPOCHS, EPOCHS_ON_A_GPU, EPOCHS_OF_BYTE_PAIRS = 8, 6, 3  # the last one is for finetuning, too
-SHORT = 250_000  # tokens; with a text of up to so many, larger steps are better for Muon
+SHORT = 250_000  # tokens; on a text that is no longer, a higher rate is better for Muon
 MOST_TO_EVALUATE = 2_000_000  # tokens
 
 
@@ -43,8 +43,7 @@ def choose_settings(config, tokens, vocab_size, device, finetune):
     if finetune:  # perhaps a large model: as many tokens in a step as in the table
         best["batch_size"] = max(1, row["batch_size"] * row["block_size"] // context)
     sequences = given.get("batch_size", best["batch_size"]) * given.get("gradient_accumulation_steps", 1)
-    epochs = EPOCHS if device.type == "cpu" else EPOCHS_ON_A_GPU
-    epochs = EPOCHS_OF_BYTE_PAIRS if byte_pairs or finetune else epochs
+    epochs = EPOCHS_OF_BYTE_PAIRS if byte_pairs or finetune else EPOCHS if device.type == "cpu" else EPOCHS_ON_A_GPU
     best["max_iters"] = min(row["steps"], max(1 if finetune else 50, epochs * tokens // (sequences * context)))
     steps = given.get("max_iters", best["max_iters"])
     best["eval_interval"] = max(1, steps // 8)

@@ -27,8 +27,9 @@ def choose_device(name=None):
             index = os.environ.get("LOCAL_RANK", 0) if device.index is None else device.index
             device = torch.device(device.type, int(index))
             if 0 < (count := torch.accelerator.device_count()) <= device.index:
-                raise RuntimeError(f"this machine has {count}, " + (
-                    "counted from 0" if name != device.type else f"so give torchrun --nproc_per_node={count}"))
+                few = f"this machine has {count}; start torchrun with --nproc_per_node={count}"
+                last = f"the last one of this machine is {device.type}:{count - 1}"
+                raise RuntimeError(few if name == device.type else last)
             torch.accelerator.set_device_index(device.index)
         torch.zeros(1, device=device).item()  # the device "meta" has no numbers
     except (RuntimeError, AssertionError, ValueError) as e:  # torch raises any of these, depending on the device

@@ -260,7 +260,7 @@ class StaticCache(KVCache):
     number in the program changes from token to token. The attention finds out from the positions what is filled."""
 
     def __init__(self, *args, spare=None):
-        """spare: where the memory of caches goes that are not used any more, {shape: [their tensors]}."""
+        """spare: the tensors of earlier caches that nobody uses any more, {shape: [those of a cache, ...]}."""
         super().__init__(*args)
         self.length = torch.zeros(1, dtype=torch.long, device=self.k[0].device)
         self.spare = {} if spare is None else spare
@@ -462,17 +462,6 @@ class Prepared:
         return logits.clone() if token.is_cuda else logits  # the next run of a CUDA graph writes over its outputs
 
 
-@functools.cache
-def mixed(mixin, cls):
-    """The class that is both."""
-    return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {})
-
-
-def mix_in(mixin, model):
-    """Makes the model one of its class that does what `mixin` does differently."""
-    model.__class__ = mixed(mixin, type(model))
-
-
 # --- memory ---
 
 def keep_memory():
@@ -503,6 +492,17 @@ def become(layer, fast):
     if fast in (PackedLinear, Int8Linear):
         layer.prepare()
     return layer
+
+
+@functools.cache
+def mixed(mixin, cls):
+    """The subclass of `cls` with the methods of `mixin`."""
+    return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {})
+
+
+def mix_in(mixin, model):
+    """Gives the model, in place, the methods of `mixin`."""
+    model.__class__ = mixed(mixin, type(model))
 
 
 def same(a, b):

@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
                 grads = [p.grad for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - momentum)
-                torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov momentum, in place of the gradients
+                torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov momentum, written over the gradients
                 updates = torch.stack([gathered(g) for g in grads]).to(self.dtype)
                 rows, cols = shape[0] // group["parts"], shape[1]
                 updates = orthogonalize(updates.view(-1, rows, cols)).view(-1, *shape).to(params[0].dtype)

@@ -342,7 +342,7 @@ def install_cuda():
             is_current_stream_capturing=lambda: False,
             get_rng_state=lambda device="cuda": torch.get_rng_state()).items():
         setattr(torch.cuda, name, f)
-    find_spec = importlib.util.find_spec  # PyTorch for CUDA brings triton along, which compiles for a real GPU alone
+    find_spec = importlib.util.find_spec  # PyTorch for CUDA brings triton, which compiles only for a real GPU
     importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
     foreach = torch.utils._foreach_utils
     kernels = foreach._get_foreach_kernels_supported_devices()

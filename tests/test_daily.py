@@ -277,10 +277,11 @@ def test_sizes_that_nobody_names_fit_the_text(project):
     assert "muon_learning_rate" not in choose_settings(dict.fromkeys(names), 10 ** 4, 65, cpu, finetune=True)
     odd = choose_settings(dict.fromkeys(names) | {"n_embd": 50}, 20, 65, cpu, False)
     assert (odd["n_head"], odd["block_size"], "n_embd" in odd) == (1, 5, False)
-    # At most 8 epochs, 3 of byte pairs and in finetuning, whatever the number of tokens in a step.
-    for vocab_size, finetune, epochs in ((65, False, 8), (65, True, 3), (50257, False, 3)):
+    # At most 8 epochs, 6 on a GPU, 3 of byte pairs and in finetuning, whatever the number of tokens in a step.
+    for vocab_size, finetune, device, epochs in ((65, False, cpu, 8), (65, False, gpu, 6), (65, True, cpu, 3),
+                                                 (65, True, gpu, 3), (50257, False, cpu, 3), (50257, False, gpu, 3)):
         given = {"batch_size": 3, "block_size": 20, "gradient_accumulation_steps": 2}
-        steps = choose_settings(dict.fromkeys(names) | given, 6000, vocab_size, cpu, finetune)["max_iters"]
+        steps = choose_settings(dict.fromkeys(names) | given, 6000, vocab_size, device, finetune)["max_iters"]
         assert steps == epochs * 6000 / (3 * 20 * 2)
     # Evaluation takes a small share of the time, but all of the split if there is nothing else to do.
     for vocab_size, tokens in ((65, 10 ** 8), (50257, 10 ** 6), (50257, 10 ** 8)):

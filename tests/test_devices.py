@@ -97,9 +97,9 @@ def losses(folder):
 
 def test_more_processes_than_gpus(machine):
     error = machine.attempt("A100", "train.py", *SMALL, "--device=cuda:1").stderr
-    assert error == "error: device 'cuda:1' cannot be used: this machine has 1, counted from 0\n"
+    assert error == "error: device 'cuda:1' cannot be used: the last one of this machine is cuda:0\n"
     error = machine.attempt("A100", "train.py", *SMALL, LOCAL_RANK="1").stderr
-    assert error == "error: device 'cuda' cannot be used: this machine has 1, so give torchrun --nproc_per_node=1\n"
+    assert error == "error: device 'cuda' cannot be used: this machine has 1; start torchrun with --nproc_per_node=1\n"
 
 
 # --- training ---

@@ -293,7 +293,7 @@ def test_int8_of_a_row_of_zeros():
     assert torch.isfinite(layer(torch.randn(3, 8))).all() and (layer.weight[2] == 0).all()
 
 
-# --- the static cache ---
+# --- training, compiled ---
 
 def test_compiled_training_returns_the_loss_alone():
     model, ids = random_model(0), torch.randint(37, (3, 17), generator=torch.Generator().manual_seed(0))
@@ -308,6 +308,8 @@ def test_compiled_training_returns_the_loss_alone():
     restore(model)
     assert type(model) is GPT and type(copy.deepcopy(for_training(model))) is type(model)
 
+
+# --- the static cache ---
 
 def check_static_cache():
     """Logits in chunks of any length through a StaticCache, against those of the whole."""

@@ -137,7 +137,8 @@ print("the same text")
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 def test_a_compiled_step_is_a_cuda_graph(machine, dtype):
-    """One launch for a token. The logits are those of the step that is not compiled, within the dtype's rounding."""
+    """One for each token, as the profiler says. The logits are those of the uncompiled step, within the dtype's
+    rounding."""
     printed = python(machine, MODEL + f"""
 models = [prepared({dtype!r}, compile) for compile in (False, True)]
 with torch.no_grad():
@@ -153,9 +154,7 @@ with torch.no_grad():
             models[1].decode_one_token(token, caches[1])
         torch.cuda.synchronize()
 print("graphs:", sum(event.count for event in profiler.key_averages() if event.key == "cudaGraphLaunch"))
-print("kernels:", sum(event.count for event in profiler.key_averages() if "LaunchKernel" in event.key))
 """)
-    print(printed)
     assert "graphs: 10\n" in printed
 
 
