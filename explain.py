@@ -18,8 +18,8 @@ CHUNK = 128  # positions that are read at once
 
 
 def tokens(tok, ids):
-    """[id, ...] -> [{"id", "text", "bytes"}, ...]. A character that several tokens make up is the text of the last of
-    them. Tokens that are not whole characters also have their bytes."""
+    """[id, ...] -> [{"id", "text", "bytes"}, ...]. If several tokens make up one character, the last one has it as its
+    text. Tokens that are not whole characters also have their bytes."""
     decoder, found = tok.stream(), []
     for i in ids:
         text = "<|endoftext|>" if i == tok.eot else decoder.push(i)
@@ -43,7 +43,7 @@ def read(model, tok, ids):
     """The tokens of a text, each with its probability and with the number of tokens before it that the model saw. Of a
     long text, it reads the end."""
     first = max(0, len(ids) - model.config.block_size)
-    known = [None] * first + probabilities(model, ids[first:]) if ids else []
+    known = ([None] * first + probabilities(model, ids[first:])) if ids else []
     return [token | {"probability": p, "context": max(0, n - first)}
             for n, (token, p) in enumerate(zip(tokens(tok, ids), known, strict=True))]
 
@@ -55,6 +55,7 @@ def filled_cache(model, ids):
     """A cache that holds these ids. It is kept for the next call, which reads only what comes after the same
     beginning."""
     before, cache = kept.get(model) or ([], model.new_cache(1))
+    # Up to the first id that differs, the keys and values stay valid.
     cache.length = next((n for n, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b),
                         min(len(ids), len(before)))
     while cache.length < len(ids):
@@ -83,7 +84,8 @@ def look(model, ids):
     finally:
         for hook in hooks:
             hook.remove()
-    return maps, model.lm_head(model.ln_f(torch.stack(streams[-len(model.h) - 1:])))
+    last = streams[-len(model.h) - 1:]  # the hooks have also seen the passes that filled the cache
+    return maps, model.lm_head(model.ln_f(torch.stack(last)))
 
 
 def steps_of_sample(logits, ids, temperature, top_k, top_p, repetition_penalty):
@@ -101,7 +103,13 @@ def steps_of_sample(logits, ids, temperature, top_k, top_p, repetition_penalty):
 
 def explain(model, tok, ids, context, token, layer, head, sampling):
     """How the token after these ids is chosen. The model sees the last `context` of them, and the penalty all. `token`
-    is the one that was chosen, or None."""
+    is the one that was chosen, or None. Returns a dict:
+
+    candidates    the likeliest tokens, each with its probability after every sampler
+    attention     the weights of one head at the last position
+    heads         those of all heads, each shortened to at most 16 numbers
+    lens          what the model would say if it stopped after the embeddings, after the first block, ...: the three
+                  likeliest tokens, and the probability of `token` ("logit lens", nostalgebraist 2020)"""
     maps, logits = look(model, tuple(ids[-context:]))
     steps = steps_of_sample(logits[-1:], torch.tensor([ids], device=model.wte.weight.device), **sampling)
 
@@ -126,8 +134,8 @@ def square(model, ids, layer, head):
 
 
 def write(model, tok, ids, max_new_tokens, seed, sampling):
-    """Yields the tokens that follow: each with the probability that the model gave it, before the samplers, and the
-    number of tokens that it was chosen from. The model may be used between two of them."""
+    """Yields the tokens that follow. Each has the probability that the model gave it, before the samplers, and the
+    number of tokens before it that the model saw. The model may be used for something else between two tokens."""
     last = {}
 
     def remember(module, args, kwargs, output):

@@ -282,8 +282,17 @@ class StaticCache(KVCache):
         weakref.finalize(self, unused.append, tensors)
 
     def positions(self, T):
-        """The positions (T,) of the next T tokens."""
+        """The positions (T,) of the next T tokens. ValueError on a CPU if there is no room for them. On a GPU, this
+        check would wait for all the work before it, so there is none."""
+        if not torch.compiler.is_compiling() and self.length.device.type == "cpu":
+            self.check_room(T)
         return self.length + torch.arange(T, device=self.length.device)
+
+    def check_room(self, T):
+        """ValueError if there is no room for T more tokens."""
+        if self.length + T > self.capacity:
+            raise ValueError(f"a sequence of {self.length.item() + T} tokens exceeds the cache's capacity "
+                             f"{self.capacity}")
 
     def append(self, layer, k, v):
         """Stores the keys and values (B, nh, T, hs) of T new positions; returns (B, nh, capacity, hs)."""
@@ -458,6 +467,8 @@ class Prepared:
         """The plain step or, with a StaticCache, the compiled one."""
         if not isinstance(cache, StaticCache):
             return self.plain_step(token, cache)
+        if not token.is_cuda:
+            cache.check_room(1)  # compiled code does not check it
         logits = compiled_step(self, cache)(self, token, cache)
         return logits.clone() if token.is_cuda else logits  # the next run of a CUDA graph writes over its outputs
 

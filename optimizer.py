@@ -1,13 +1,17 @@
 """What turns gradients into steps: AdamW, Muon, which parameters go to which, and the learning rate's schedule.
 
     optimizers = make_optimizers(model, "muon", learning_rate=3e-3, muon_learning_rate=0.02)
-    scale = schedule(step, warmup_iters=100, decay_iters=2000, final=0.1)      # times every group's peak rate
+    share = schedule(step, warmup_iters=100, decay_iters=2000, final=0.1)      # times every group's peak rate
+
+AdamW is PyTorch's. It keeps two running means for each weight: of its gradient (beta1) and of the gradient's square
+(beta2). It divides the first by the root of the second, so all weights take steps of similar size, however large their
+gradients are. Muon is written out below.
 """
 import math
 
 import torch
 
-from distributed import gathered, shard_like
+from distributed import gathered, shard_like  # with FSDP: put a split tensor together, and split it again
 from files import UserError
 from model import CausalSelfAttention
 
@@ -29,12 +33,14 @@ def schedule(step, warmup_iters, decay_iters, final, curve="cosine"):
 def orthogonalize(m, steps=5):
     """(N, rows, cols) -> the same matrices with all singular values brought near 1, by the Newton-Schulz iteration
     X <- a X + b (X Xt) X + c (X Xt)^2 X. The coefficients a, b, c are those of Jordan et al. 2024, which trade
-    exactness for speed: the values end between 0.7 and 1.2."""
-    if m.size(-2) > m.size(-1):
+    exactness for speed: values above 0.002 of the norm end between 0.68 and 1.21. Smaller ones stay smaller."""
+    if m.size(-2) > m.size(-1):  # then the transpose has the smaller X Xt
         return orthogonalize(m.mT, steps).mT
+    # The iteration needs singular values of at most 1. None is larger than the norm.
     m = m / torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = m @ m.mT  # X Xt; baddbmm(x, y, z, beta, alpha) is beta * x + alpha * (y @ z)
+        gram = m @ m.mT  # X Xt
+        # a X + (b gram + c gram^2) X; baddbmm(x, y, z, beta, alpha) is beta * x + alpha * (y @ z)
         m = torch.baddbmm(m, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), m, beta=3.4445)
     return m
 
@@ -74,13 +80,15 @@ class Muon(torch.optim.Optimizer):
                     updates = self.even_rows(updates, params, group["beta2"])
                 updates = [shard_like(u, p) for u, p in zip(updates, params, strict=True)]
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-                # A matrix with more rows than columns takes a larger step, as in Jordan's code.
+                # The orthogonal matrix keeps the length of its input. With more rows than columns, it spreads this
+                # length over more outputs, so each changes less. The factor makes up for that, as in Jordan's code.
                 torch._foreach_add_(params, updates, alpha=-lr * max(1, rows / cols) ** 0.5)
 
     def even_rows(self, updates, params, beta2):
-        """Updates (N, rows, cols) of N parameters -> the same with the same norms, but each row divided by the root of
-        a running mean of its squares. A row belongs to one output of a layer. After the orthogonalisation, some rows
-        are still much larger than others (Li et al. 2025, "NorMuon: Making Muon more efficient and scalable")."""
+        """Updates (N, rows, cols) of N parameters -> the same, with rows of about equal size. A row belongs to one
+        output of a layer. After the orthogonalisation, some rows are still much larger than others. So each row is
+        divided by the root of a running mean of its squares, and each update is then scaled back to the norm that it
+        had (Li et al. 2025, "NorMuon: Making Muon more efficient and scalable")."""
         squares = updates.square().mean(dim=-1, keepdim=True)  # (N, rows, 1)
         squares = [shard_like(s, p) for s, p in zip(squares, params, strict=True)]
         means = [self.state[p].setdefault("row_squares", torch.zeros_like(s))
@@ -107,10 +115,10 @@ def hidden_matrices(model):
 def make_optimizers(model, optimizer, learning_rate, muon_learning_rate=0.02, weight_decay=0.0, beta1=0.9, beta2=0.95,
                     muon_momentum=0.95, muon_dtype=torch.bfloat16):
     """A model -> a list of (optimizer, peak learning rate). With "adamw" it has one. Weight decay acts on matrices, not
-    on biases and norms. With "muon", Muon takes the matrices inside the blocks and AdamW the rest: a step uses only a
-    few vectors of an embedding, and norms and biases are vectors, which have no singular values to equalise (Jordan et
-    al. 2024, "When should you use Muon?"). muon_dtype: what Muon orthogonalises in. UserError for another name, or if
-    there is no matrix for Muon."""
+    on biases and norms. With "muon", Muon takes the matrices inside the blocks, and AdamW the rest. Norms and biases
+    are vectors, which have no singular values to equalise. An embedding is a table of vectors, and it works better with
+    AdamW, as does the output layer, which shares it (Jordan et al. 2024, "When should you use Muon?"). muon_dtype: what
+    Muon orthogonalises in. UserError for another name, or if there is no matrix for Muon."""
     if optimizer not in ("adamw", "muon"):
         raise UserError(f"optimizer must be 'adamw' or 'muon', got {optimizer!r}")
     params = list(model.parameters())  # a tied matrix appears once
@@ -127,6 +135,7 @@ def make_optimizers(model, optimizer, learning_rate, muon_learning_rate=0.02, we
         raise UserError("optimizer 'muon' finds no linear layer in the model; use adamw")
     groups = [{"params": [p for p in hidden if parts[p] == 3], "parts": 3},
               {"params": [p for p in hidden if parts[p] == 1]}]
-    muon = Muon([g for g in groups if g["params"]], lr=muon_learning_rate, momentum=muon_momentum, beta2=0.95,
+    muon = Muon([g for g in groups if g["params"]], lr=muon_learning_rate, momentum=muon_momentum,
+                beta2=0.95,  # for even_rows; the argument beta2 is AdamW's
                 weight_decay=weight_decay, dtype=muon_dtype)
     return [(muon, muon_learning_rate), (adamw, learning_rate)]

@@ -11,7 +11,7 @@ import os
 
 init_from = "resume"               # resume: the run in out_dir; else gpt2, ..., gpt2-xl, a Hugging Face name or folder
 out_dir = "out"                    # the run to take the model from
-start: str | None = None           # the prompt, in which \n is a newline, or FILE:path; None: \n; "": a new text
+start: str | None = None           # the prompt, in which \n is a newline, or FILE:path; None: \n; "": <|endoftext|>
 num_samples = 1                    # texts to write
 max_new_tokens = 500               # tokens in each, at most
 temperature = 0.8                  # below 1 plays safe, above 1 dares more, 0 always takes the most likely token
@@ -23,7 +23,7 @@ interactive = False                # read prompts from the keyboard; Ctrl-C stop
 seed = 1337                        # the same seed gives the same text
 device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
 dtype: str | None = None           # of the weights: float32, bfloat16, float16, int8; None: 16 bits on CUDA, else 32
-compile = False                    # compile the step for one token, on a CPU once for each size of model and text
+compile = False                    # compile the step for one token: faster, but it takes a while first (on a CPU, once)
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 
@@ -104,7 +104,7 @@ def read_prompt(start):
     if not prompt and tok.eot is None:
         raise UserError(f"{'the file' if start else '--start'} is empty, and this model has no end-of-text token to "
                         "begin with; give some text")
-    return prompt, tok.encode(prompt) or [tok.eot]
+    return prompt, tok.encode(prompt) or [tok.eot]  # after the end of a text, a new one begins
 
 
 def write_texts(prompt, ids):

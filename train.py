@@ -10,7 +10,7 @@ Writes out/latest.pt (to resume), out/best.pt (the lowest validation loss, to sa
 """
 import os
 
-# The run. Settings that are None, and say no more about it, are chosen by defaults.py to fit the text.
+# The run. If a setting is None, and its comment says nothing about None, defaults.py chooses it to fit the text.
 out_dir = "out"                    # where checkpoints and the log go; an earlier run there is renamed to out.1, ...
 init_from = "scratch"              # scratch, resume, or weights: gpt2, ..., gpt2-xl, the folder of a run or of a GPT-2
 seed = 1337                        # every random choice of the run follows from it
@@ -29,14 +29,14 @@ bias = False                       # biases in linear layers and norms
 # optimizer
 optimizer: str | None = None       # adamw, or muon: Muon for the blocks' matrices, AdamW for the rest
 max_iters: int | None = None       # optimizer steps
-learning_rate: float | None = None  # AdamW's peak
+learning_rate: float | None = None  # AdamW's peak; the log's lr is AdamW's rate, with Muon too
 muon_learning_rate: float | None = None  # Muon's peak
 muon_momentum = 0.9                # Muon's decay of the running mean of the gradient; 0.95 for long runs
 warmup_iters: int | None = None    # steps in which the rates rise to their peaks; None: a tenth of lr_decay_iters
 lr_decay = "linear"                # the curve on which they fall again: linear, or cosine
 lr_decay_iters: int | None = None  # the step at which they reach their final values; None: max_iters at the start
 final_lr_fraction = 0.0            # the rates at the end, as a fraction of their peaks
-weight_decay = 0.1                 # on matrices; biases and norms have none
+weight_decay = 0.1                 # pulls matrices towards zero, by this times the rate; biases and norms have none
 beta1 = 0.9                        # AdamW's decay of the running mean of the gradient
 beta2 = 0.99                       # and of the squared gradient; 0.95 for large batches
 grad_clip = 1.0                    # largest norm of the gradient; 0.0: no clipping
@@ -101,7 +101,7 @@ from fast import for_training
 from model import GPT, GPTConfig
 from optimizer import make_optimizers, schedule
 
-# --- resume or start: a checkpoint brings its settings, its own init_from too, but not others that this call names ---
+# --- resume or start: a resumed run keeps its settings, its first init_from too, except those that this call names ---
 
 out = Path(out_dir)
 checkpoint = pretrained = tokenizer = None
@@ -186,10 +186,10 @@ if strategy == "fsdp":
     distributed.shard(raw_model, device)
 optimizers = make_optimizers(raw_model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta1, beta2,
                              muon_momentum, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # keeps small float16 gradients above zero
+scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # or small float16 gradients would be 0
 autocast = torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
 compile = can_compile(device) if compile is None else compile
-model = torch.compile(raw_model) if compile else raw_model
+model = torch.compile(raw_model) if compile else raw_model  # for training steps; both have the same weights
 if distributed.is_distributed and strategy == "ddp":
     model = distributed.replicate(model, device)
 iter_num, best_val_loss, bad_evals, seconds, eval_seconds = 0, None, 0, 0.0, 0.0  # a resume restores the first four
@@ -225,7 +225,7 @@ def evaluate(data, evenly=False):
     n = max(1, min(eval_tokens, len(val_data) - 1) // T)
     starts = np.linspace(0, len(data) - T - 1, n).astype(np.int64) if evenly else np.arange(n) * T
     mine = starts[distributed.rank::world_size]
-    # As many as keep the logits, the largest tensor, under 2^26 numbers, but no fewer than in training.
+    # At least as many as in training; else at most 8192 tokens, and logits, the largest tensor, of 2^26 numbers.
     at_once = max(micro_batch, min(8192, 2 ** 26 // meta["vocab_size"]) // T)
     raw_model.eval()
     total = 0.0
@@ -240,7 +240,7 @@ def evaluate(data, evenly=False):
 
 
 def evaluate_and_keep_best():
-    """Evaluates the model and prints the losses. If the validation loss is the lowest so far, writes best.pt."""
+    """Evaluates the model and prints the losses. Writes best.pt if a trained model has the lowest loss so far."""
     global best_val_loss, bad_evals, eval_seconds
     start = time.perf_counter()
     train_loss, val_loss = evaluate(train_data, evenly=True), evaluate(val_data)
@@ -314,7 +314,7 @@ if __name__ == "__main__":
         print_once(f"untrained, the loss should be about ln(vocab_size) = ln({V}) = {math.log(V):.4f}")
     if eval_only:
         evaluate_and_keep_best()
-        distributed.finish()
+        distributed.finish()  # ends the program
 
     log = Log(out, checkpoint, config)
     if iter_num == 0:
@@ -327,10 +327,10 @@ if __name__ == "__main__":
     loss, stop = None, 0
     batch, mark, logged_at, logged_seconds = get_batch(iter_num), time.perf_counter(), iter_num, seconds
     while iter_num < max_iters and not stop and not out_of_patience():
-        scale = schedule(iter_num, warmup_iters, lr_decay_iters, final_lr_fraction, lr_decay)
+        share = schedule(iter_num, warmup_iters, lr_decay_iters, final_lr_fraction, lr_decay)
         for o, peak in optimizers:
             for group in o.param_groups:
-                group["lr"] = peak * scale
+                group["lr"] = peak * share
         # Dropout's masks follow from the seed, the step and the process, so a resumed run draws the same.
         torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, distributed.rank)).generate_state(1)[0]))
         loss = forward_backward(*batch)
@@ -348,13 +348,13 @@ if __name__ == "__main__":
                     + (math.ceil(max_iters / eval_interval) - iter_num // eval_interval) * eval_seconds)
             flops = speed * raw_model.flops_per_token(block_size) / world_size
             of_peak = f" ({flops / machine_peak:.0%} of peak)" if machine_peak else ""
-            print_once(f"step {iter_num}/{max_iters}  loss {mean_loss:.4f}  lr {learning_rate * scale:.2e}  grad norm "
+            print_once(f"step {iter_num}/{max_iters}  loss {mean_loss:.4f}  lr {learning_rate * share:.2e}  grad norm "
                        f"{grad_norm.item():.3f}  {speed:,.0f} tokens/s{of_peak}  {format_seconds(left)} left")
             check_finite(mean_loss)
             logged_at, logged_seconds = iter_num, seconds
             row = dict(iter=iter_num, tokens=iter_num * tokens_per_step, seconds=seconds, loss=mean_loss,
-                       lr=learning_rate * scale, grad_norm=grad_norm.item(), tokens_per_second=speed)
-            log.write(**row, **evaluate_and_keep_best() if evaluating else {})
+                       lr=learning_rate * share, grad_norm=grad_norm.item(), tokens_per_second=speed)
+            log.write(**row, **(evaluate_and_keep_best() if evaluating else {}))
             mark = time.perf_counter()  # evaluating and saving are not training time
 
         stop = distributed.stop_signal()

@@ -342,6 +342,11 @@ def test_static_cache_repeats_and_resets():
     torch.testing.assert_close(rest, model(idx[:, 5:], cache=cache)[0].repeat_interleave(3, 0))
     cache.reset()
     assert torch.equal(model(idx[:, :5], cache=cache)[0], first)
+    for step in (lambda: model(idx.repeat(1, 2)[:, :12], cache=cache), lambda: model.decode_one_token(idx[:, 0], full)):
+        full = model.new_cache(2, 4)
+        model(idx[:, :4], cache=full)
+        with pytest.raises(ValueError, match=r"of (17|5) tokens exceeds the cache's capacity (16|4)$"):
+            step()
 
 
 def test_static_cache_does_not_overflow_in_silence():
