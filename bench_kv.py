@@ -47,7 +47,6 @@ import copy
 import itertools
 import json as json_format
 import re
-import shutil
 import statistics
 import sys
 import tempfile
@@ -56,7 +55,7 @@ import time
 import torch
 
 from checkpoint import load_model, load_pretrained, save_pretrained
-from device import check_generation_memory, choose_device, synchronize
+from device import check_generation_memory, choose_device, missing_compiler, synchronize
 from fast import for_inference
 from model import GPT, GPTConfig, keep_top_p
 
@@ -196,16 +195,12 @@ def weight_bytes(gpt):
 
 def can_compile():
     """Whether there is what compiled decoding needs. Says what is missing; UserError if the settings ask for it."""
-    if device.type == "cuda":
-        found, needs = importlib.util.find_spec("triton") is not None, "compiled decoding needs triton"
-    else:
-        found = any(map(shutil.which, ("g++", "c++", "clang++", "cl")))
-        needs = "compiled decoding needs a C++ compiler (as from apt install g++)"
-    if not found and compile:
-        raise UserError(needs)
-    if not found and compile is None:
-        print(f"{needs}: it is left out")
-    return found
+    missing = missing_compiler(device)
+    if missing and compile:
+        raise UserError(f"compiled decoding needs {missing}")
+    if missing and compile is None:
+        print(f"compiled decoding needs {missing}: it is left out")
+    return not missing
 
 
 def variants(config):

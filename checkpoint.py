@@ -36,8 +36,8 @@ import torch
 import torch.nn.functional as F
 
 from distributed import gathered, is_main_process, print_once, shard_like
-from files import LOG_COLUMNS, UserError, at_least, check_fields, is_dataset_name, open_file, read_json, read_log
-from files import read_small, write_atomically
+from files import LOG_COLUMNS, UserError, at_least, check_fields, is_dataset_name, open_file, put_in_place, read_json
+from files import read_log, read_small, write_atomically
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, fetch_vocabulary, load_tokenizer, read_nanogpt_characters
 
@@ -59,7 +59,7 @@ def save_checkpoint(path, checkpoint):
             torch.save(checkpoint | {"format_version": FORMAT_VERSION}, f)
             f.flush()
             os.fsync(f.fileno())
-        temporary.replace(path)
+        put_in_place(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save raises either when the disk is full
         if temporary.is_file():
             temporary.unlink()
@@ -477,12 +477,18 @@ def nanogpt_tokenizer(dataset, vocab_size, path):
 
 def get_state(model, optimizers):
     """The states of the model and of its optimizers as full tensors on the CPU: {name: tensor, ...} and, with the
-    averages of each parameter, {"state": {name: {"exp_avg": tensor, ...}, ...}}."""
+    averages of each parameter, {"state": {name: {"exp_avg": tensor, ...}, ...}}. Every process must call this, but only
+    the main process gets the tensors; the others get None for each."""
+    copies = {}  # of parameters: a tied one has two names, and is copied and stored once
 
     def full(t):
-        return gathered(t).detach().cpu()
+        whole = gathered(t)
+        return whole.detach().cpu() if is_main_process() else None
 
-    weights = {name: full(t) for name, t in model.state_dict().items()}
+    for t in (tensors := model.state_dict(keep_vars=True)).values():
+        if id(t) not in copies:
+            copies[id(t)] = full(t)
+    weights = {name: copies[id(t)] for name, t in tensors.items()}
     names = {p: name for name, p in model.named_parameters()}  # asked for later: state_dict() makes FSDP shard them all
     averages = {names[p]: {k: full(t) for k, t in state.items()} for o in optimizers for p, state in o.state.items()}
     return weights, {"state": averages}

@@ -32,10 +32,11 @@ def choose_settings(config, tokens, vocab_size, device, finetune):
     table = ON_A_GPU if device.type != "cpu" else BYTE_PAIRS_ON_A_CPU if byte_pairs else ON_A_CPU
     row = dict(zip(COLUMNS, next(row for row in table if tokens <= row[0]), strict=True))
     given = {name: value for name, value in config.items() if value is not None}
-    width = given.get("n_embd", row["n_embd"])
+    heads = given.get("n_head", 1)
+    width = given.get("n_embd", max(1, row["n_embd"] // heads) * heads)
     context = given.get("block_size", max(1, min(row["block_size"], tokens // 4)))
     optimizer = given.get("optimizer", "adamw" if finetune else "muon")
-    best = row | {"block_size": context, "optimizer": optimizer,
+    best = row | {"n_embd": width, "block_size": context, "optimizer": optimizer,
                   "n_head": max(n for n in range(1, max(1, width // 32) + 1) if width % n == 0),
                   "learning_rate": 1e-4 if finetune else 1e-3 if optimizer == "adamw" else round(0.9 / width, 4)}
     if optimizer == "muon":

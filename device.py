@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import sys
 import time
 
@@ -25,6 +26,8 @@ def choose_device(name=None):
         device = torch.device(name)
         if device.type in ("cuda", "xpu"):
             index = os.environ.get("LOCAL_RANK", 0) if device.index is None else device.index
+            if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+                raise RuntimeError(f"all processes would share it; name {device.type}, and each takes its own")
             device = torch.device(device.type, int(index))
             if 0 < (count := torch.accelerator.device_count()) <= device.index:
                 few = f"this machine has {count}; start torchrun with --nproc_per_node={count}"
@@ -54,22 +57,41 @@ def has_fast_bfloat16(device):
 
 
 def choose_dtype(device, name=None, training=True):
-    """The name of a dtype, or None for the fastest that is safe -> the name. Generation in 16 bits pays off on CUDA
-    alone, unless asked for: elsewhere float32 is as fast, or exact at little cost."""
+    """The name of a dtype, or None for the fastest that is safe -> the name. Generation is in float32 unless asked
+    otherwise, except on CUDA: on a CPU, 16 bits are much faster only if decoding is compiled."""
     if name is None and (training or device.type == "cuda"):
         name = "bfloat16" if has_fast_bfloat16(device) else "float16" if device.type == "cuda" else "float32"
     return name or "float32"
 
 
-def can_compile(device):
-    """Whether to compile the model unless told otherwise: on CUDA, if the compiler, triton, is installed and supports
-    the GPU, which must be of 2017 or later (Volta)."""
+def missing_compiler(device):
+    """What torch.compile needs on this device and does not find, in words; None if it is all there."""
+    def found(variable, *programs):
+        return os.environ.get(variable) or any(map(shutil.which, programs))
+
+    if device.type == "cpu" and not found("CXX", "g++", "c++", "clang++", "cl"):
+        return "a C++ compiler (as from apt install g++)"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    # triton compiles a little C for each kernel. Under Windows it brings its own compiler.
+    if device.type == "cuda" and os.name != "nt" and not found("CC", "gcc", "clang"):
+        return "a C compiler (as from apt install gcc)"
+    return None
+
+
+def can_compile(device, wanted=None):
+    """Whether to compile the model: as wanted, where None means on a GPU of 2017 or later (Volta), if what compiling
+    needs is there. UserError if it is wanted on a CPU and there is no compiler."""
+    if wanted is not None:
+        if wanted and device.type == "cpu" and (missing := missing_compiler(device)):
+            raise UserError(f"--compile=True needs {missing}")
+        return wanted
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0):
         return False
-    found = importlib.util.find_spec("triton") is not None
-    if not found and os.environ.get("RANK", "0") == "0":
-        print("triton is not installed: running without torch.compile, which is slower", flush=True)
-    return found
+    missing = missing_compiler(device)
+    if missing and os.environ.get("RANK", "0") == "0":
+        print(f"running without torch.compile, which is slower: it needs {missing}", flush=True)
+    return not missing
 
 
 def to_device(ids, device):
@@ -87,8 +109,9 @@ def synchronize(device):
 # FLOP/s of dense matrix multiplications in float16, in bfloat16 (0: not in hardware) and in float32 (as TF32, if there
 # is that), from NVIDIA's data sheets. A pattern must match the device's name to its end.
 PEAKS = {
-    r"H200( \w+)?": (989e12, 989e12, 494e12), r"H100 (80GB HBM3|SXM5.*)": (989e12, 989e12, 494e12),
-    r"H100 PCIe": (756e12, 756e12, 378e12), r"A100[- ].*": (312e12, 312e12, 156e12), r"L40S": (362e12, 362e12, 183e12),
+    r"H200": (989e12, 989e12, 494e12), r"H200 NVL": (835e12, 835e12, 418e12),
+    r"H100 (80GB HBM3|SXM5.*)": (989e12, 989e12, 494e12), r"H100 PCIe": (756e12, 756e12, 378e12),
+    r"A100(-\w+)+|A100 80GB PCIe": (312e12, 312e12, 156e12), r"L40S": (362e12, 362e12, 183e12),
     r"L4": (121e12, 121e12, 60e12), r"RTX 4090": (165e12, 165e12, 83e12), r"RTX 3090": (71e12, 71e12, 36e12),
     r"V100-SXM2-(16|32)GB": (125e12, 0, 15.7e12), r"T4": (65e12, 0, 8.1e12)}
 
@@ -98,7 +121,7 @@ def peak_flops(device, dtype):
     dtype that is not known."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-        peaks = next((p for pattern, p in PEAKS.items() if re.search(rf"(^|[ ]){pattern}$", name)), (0, 0, 0))
+        peaks = next((p for pattern, p in PEAKS.items() if re.search(rf"(^|[ ])({pattern})$", name)), (0, 0, 0))
         return dict(zip(("float16", "bfloat16", "float32"), peaks, strict=True))[dtype] or None, f"{name}'s data sheet"
     if device.type != "cpu":
         return None, ""

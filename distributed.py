@@ -35,6 +35,8 @@ def start(device, strategy="ddp"):
         if strategy == "fsdp":
             raise UserError("strategy 'fsdp' divides the model among processes; start them with torchrun: see --help")
         return
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"several processes need CPUs or NVIDIA GPUs; device {device.type} takes one, without torchrun")
     store = next(dist.rendezvous("env://"))[0]
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun's store outlives a restart of the processes. Under a name of their own, the new ones do not find the
@@ -46,8 +48,8 @@ def start(device, strategy="ddp"):
 
 
 def finish(code=0):
-    """Ends the program. One of several processes skips Python's clean-up: a communication thread that lets go of its
-    last tensor meanwhile would crash the process (github.com/pytorch/pytorch/pull/179291)."""
+    """Ends the program. One of several processes skips Python's clean-up, during which a communication thread that
+    releases its last tensor would crash the process (github.com/pytorch/pytorch/pull/179291)."""
     if is_distributed:
         dist.destroy_process_group()
         sys.stdout.flush()

@@ -17,7 +17,7 @@ Both change the model in place and return it: a layer gets a subclass that compu
     decode_one_token       compiled          one loop reads each weight once, whatever its dtype            1.5x
     memory on Linux        kept              what is freed and needed again does not go back to the system  2.0x
 
-    python fast.py   # measures these gains on this machine's CPU, but not the last
+    python fast.py   # measures these gains on this machine's CPU, but not those of PaddedLinear, LossOnly and memory
 
 The gains above are from two cores of an AMD EPYC (Zen 4). That of LossOnly is from an NVIDIA H200: see docs/scaling.md.
 oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gain of PackedLinear is that of a
@@ -26,9 +26,10 @@ The gain of kept memory is that of a training step on byte pairs, with and witho
 
     python bench_train.py config/train_shakespeare_char.py --dataset=shakespeare
 
-model.py has the last word. Only layers of exactly the class in the table are replaced, and they are compared with
-their replacements first. If they differ, because someone has changed model.py, the plain layer stays, and one line on
-standard error says so. The compiled step runs GPT.forward itself.
+model.py has the last word. Only layers of exactly the class in the table are replaced. Before that, each attention and
+one linear layer are compared with their replacements (dropout is random, so only the tests compare it). If they differ,
+because someone has changed model.py, the plain layer stays, and one line on standard error says so. The compiled step
+runs GPT.forward itself.
 """
 import os
 
@@ -59,7 +60,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from files import write_atomically
+from device import missing_compiler
+from files import UserError, write_atomically
 from model import GPT, CausalSelfAttention, GPTConfig, KVCache, causal_mask
 
 # --- attention ---
@@ -139,8 +141,8 @@ def few_rows(x, weight, scale=None, bias=None, interleaved=False):
     turns these sums into one loop over the weight, in whatever dtype it is stored. interleaved: the weight is int8, and
     its columns are in the order of `interleave`."""
     rows = x.float().flatten(0, -2)
-    # A CPU needs longer for an addition than until it can start the next. So four sums are under way at once: those of
-    # the rows or, for a single row, those of four parts of the weight.
+    # An addition takes a CPU several cycles, but it can start another one in each cycle. So four sums are under way at
+    # once: those of the rows or, for a single row, those of four parts of the weight.
     together = max(1, 4 // len(rows)) if x.device.type == "cpu" else 1
     weight = weight.view(torch.float32) if interleaved else weight
     times = interleaved_times_row if interleaved else lambda part, row: (part.float() * row).sum(dim=-1)
@@ -407,7 +409,10 @@ def library_step(model, cache):
         with contextlib.suppress(Exception):
             if hashlib.sha256(path.read_bytes()).hexdigest()[:32] == path.stem[-32:]:
                 return load_library(path, model, cache)
-        path.unlink()
+        with contextlib.suppress(OSError):  # another process may have removed it
+            path.unlink()
+    if missing := missing_compiler(cache.length.device):
+        raise UserError(f"compiled decoding needs {missing}; or leave --compile out")
     with tempfile.TemporaryDirectory() as other, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         print("compiling the step for one token, once for a model of this shape; this takes a while", file=sys.stderr)
@@ -429,6 +434,8 @@ def compiled_step(model, cache):
     if shape not in known:
         try:
             known[shape] = library_step(model, cache)
+        except UserError:
+            raise
         except Exception:  # a changed model.py, which the compiler cannot export as a whole
             known[shape] = step_compiled_here(device, dtype)
     return known[shape]

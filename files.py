@@ -9,11 +9,23 @@ import json
 import math
 import os
 import re
+import time
 from pathlib import Path
 
 
 class UserError(ValueError):
     """A mistake or a fault of the environment that one sentence can settle. configurator.py prints it as one line."""
+
+
+def put_in_place(temporary, path):
+    """Renames a file over another. Under Windows that fails as long as a process reads the other one, so it is tried
+    for ten seconds."""
+    for _ in range(100 if os.name == "nt" else 0):
+        try:
+            return temporary.replace(path)
+        except PermissionError:
+            time.sleep(0.1)
+    temporary.replace(path)
 
 
 def write_atomically(path, data):
@@ -26,7 +38,7 @@ def write_atomically(path, data):
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        temporary.replace(path)
+        put_in_place(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):  # name the file that the caller knows; a full disk names none

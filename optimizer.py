@@ -103,12 +103,12 @@ class Muon(torch.optim.Optimizer):
 # --- which parameters go where ---
 
 def hidden_matrices(model):
-    """The weights of the linear layers except the output layer's, {parameter: how many matrices are stacked in it}."""
+    """The weights of all linear layers but the output layer, {parameter: how many matrices are stacked in it}."""
     embeddings = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     found = {m.weight: 1 for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head}
     for m in model.modules():
-        if isinstance(m, CausalSelfAttention):  # c_attn holds three: the queries', the keys' and the values'
-            found[m.c_attn.weight] = 3
+        if isinstance(m, CausalSelfAttention) and m.c_attn.out_features == 3 * m.c_attn.in_features:
+            found[m.c_attn.weight] = 3  # the queries', the keys' and the values'
     return {p: parts for p, parts in found.items() if p not in embeddings}
 
 

@@ -188,7 +188,7 @@ optimizers = make_optimizers(raw_model, optimizer, learning_rate, muon_learning_
                              muon_momentum, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # or small float16 gradients would be 0
 autocast = torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
-compile = can_compile(device) if compile is None else compile
+compile = can_compile(device, compile)
 model = torch.compile(raw_model) if compile else raw_model  # for training steps; both have the same weights
 if distributed.is_distributed and strategy == "ddp":
     model = distributed.replicate(model, device)

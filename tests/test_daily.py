@@ -277,6 +277,10 @@ def test_sizes_that_nobody_names_fit_the_text(project):
     assert "muon_learning_rate" not in choose_settings(dict.fromkeys(names), 10 ** 4, 65, cpu, finetune=True)
     odd = choose_settings(dict.fromkeys(names) | {"n_embd": 50}, 20, 65, cpu, False)
     assert (odd["n_head"], odd["block_size"], "n_embd" in odd) == (1, 5, False)
+    # A number of heads that does not divide the table's width makes the model a little narrower.
+    for heads, width in ((3, 126), (4, 128), (200, 200)):
+        narrow = choose_settings(dict.fromkeys(names) | {"n_head": heads}, 10 ** 6, 65, cpu, False)
+        assert narrow["n_embd"] == width and "n_head" not in narrow
     # At most 8 epochs, 6 on a GPU, 3 of byte pairs and in finetuning, whatever the number of tokens in a step.
     for vocab_size, finetune, device, epochs in ((65, False, cpu, 8), (65, False, gpu, 6), (65, True, cpu, 3),
                                                  (65, True, gpu, 3), (50257, False, cpu, 3), (50257, False, gpu, 3)):

@@ -2,6 +2,7 @@
 
 Planted mistakes show that the emulation notices them. Below: float16's overflows, the padded head, and several
 processes that run out of patience."""
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import torch
 import fast
 from checkpoint import load_checkpoint, load_model, load_pretrained, save_checkpoint, save_pretrained
 from conftest import ROOT, TEXT, Project
+from device import can_compile, peak_flops
 from fast import PaddedLinear, for_inference
 from model import GPT, GPTConfig
 from test_train import rows
@@ -98,8 +100,39 @@ def losses(folder):
 def test_more_processes_than_gpus(machine):
     error = machine.attempt("A100", "train.py", *SMALL, "--device=cuda:1").stderr
     assert error == "error: device 'cuda:1' cannot be used: the last one of this machine is cuda:0\n"
+    error = machine.attempt("A100", "train.py", *SMALL, "--device=cuda:0", LOCAL_WORLD_SIZE="2").stderr
+    shared = "all processes would share it; name cuda, and each takes its own"
+    assert error == f"error: device 'cuda:0' cannot be used: {shared}\n"
+    error = machine.attempt("Mac", "train.py", *SMALL, RANK="0", WORLD_SIZE="2").stderr
+    assert error == "error: several processes need CPUs or NVIDIA GPUs; device mps takes one, without torchrun\n"
     error = machine.attempt("A100", "train.py", *SMALL, LOCAL_RANK="1").stderr
     assert error == "error: device 'cuda' cannot be used: this machine has 1; start torchrun with --nproc_per_node=1\n"
+
+
+@pytest.mark.parametrize("name, flops", [
+    ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12),
+    ("NVIDIA A100-PCIE-40GB", 312e12), ("NVIDIA L4", 121e12), ("Tesla T4", None), ("NVIDIA GeForce RTX 4090", 165e12),
+    ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None)])
+def test_peaks_are_those_of_this_gpu_only(monkeypatch, name, flops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert peak_flops(torch.device("cuda"), "bfloat16")[0] == flops
+
+
+def test_compiling_needs_a_compiler(machine, monkeypatch):
+    nowhere = {"PATH": "", "CXX": "", "CC": ""}
+    for script, what in (("train.py", [*SMALL, "--out_dir=never"]), ("sample.py", ["--max_new_tokens=2"])):
+        done = machine.finish(script, *what, "--device=cpu", "--compile=True", env=nowhere)
+        assert done.returncode == 1 and " needs a C++ compiler (as from apt install g++)" in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and "error: " in done.stderr
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # as if triton were there
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for variable in nowhere:
+        monkeypatch.setenv(variable, "")
+    assert not can_compile(torch.device("cuda"))
+    monkeypatch.setenv("CC", "my-cc")
+    assert can_compile(torch.device("cuda"))
 
 
 # --- training ---
@@ -113,6 +146,8 @@ def test_training_in_the_default_dtype(machine, device):
     assert ("data sheet" in printed) == (device != "Mac")
     if device == "H100":
         return  # chooses as an A100 does
+    weights = torch.load(machine.folder / out / "best.pt", weights_only=True)["model"]
+    assert weights["wte.weight"].data_ptr() == weights["lm_head.weight"].data_ptr()  # stored once
     machine.on(device, "train.py", "--init_from=resume", "--max_iters=12", f"--out_dir={out}")
     assert [int(i) for i, in rows(machine.folder / out, ["iter"])] == [2, 4, 6, 8, 10, 12]
     last = f"{float(rows(machine.folder / out, ['val_loss'])[-1][0]):.4f}"
@@ -238,7 +273,7 @@ def test_bench_kv(other):
     (other.folder / "bench_kv.py").write_text(source, encoding="utf-8")
     how = ["--out_dir=out", "--prompt=4", "--new_tokens=4", "--repeats=1"]
     printed = other.on("A100", "bench_kv.py", *how)
-    assert "the same text" in printed and "compiled decoding needs triton: it is left out" in printed
+    assert "the same text" in printed and "compiled decoding needs the package triton: it is left out" in printed
     assert "triton" in other.attempt("A100", "bench_kv.py", *how, "--compile=True").stderr
     assert "the same text" in other.on("Mac", "bench_kv.py", *how, "--dtype=float32", "--compile=False")
 

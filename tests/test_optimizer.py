@@ -119,6 +119,18 @@ def test_groups_and_parameters_keep_their_order():
     assert names_in_groups(model, adamw) == [[n for n, p in model.named_parameters() if p.dim() == 2], vectors]
 
 
+def test_muon_takes_queries_keys_and_values_apart_only_if_they_are_equally_wide():
+    """With fewer keys and values than queries, c_attn's rows do not split into three."""
+    model, x, y = model_and_batch()
+    for block in model.h:
+        block.attn.c_attn = torch.nn.Linear(32, 32 + 2 * 16, bias=False)
+    muon = make_optimizers(model, "muon", 1e-3)[0][0]
+    assert [g["parts"] for g in muon.param_groups] == [1] and len(muon.param_groups[0]["params"]) == 8
+    for p in muon.param_groups[0]["params"]:
+        p.grad = torch.randn_like(p)
+    muon.step()
+
+
 def test_muon_finds_its_matrices_under_any_name():
     model, x, y = model_and_batch()
     expected = names_in_groups(model, make_optimizers(model, "muon", 1e-3)[0][0])
