@@ -409,12 +409,22 @@ def check_probe(model, checkpoint, path):
                         f"{difference:.2g}); restore model.py, or go on with GPT_CHANGED_MODEL=1 in the environment")
 
 
+def progress(checkpoint, tokens_per_step):
+    """Where a run that resumes goes on: (iter_num, best_val_loss, bad_evals, seconds, extra). extra is the number of
+    tokens that it has read beyond iter_num steps of tokens_per_step. It is 0 unless batch_size has changed."""
+    iter_num = checkpoint["iter_num"]
+    tokens = checkpoint.get("tokens")
+    extra = 0 if tokens is None else tokens - iter_num * tokens_per_step
+    return iter_num, checkpoint.get("best_val_loss"), checkpoint["bad_evals"], checkpoint["seconds"], extra
+
+
 def has_same_text(checkpoint, text, path, may_differ):
     """Whether a run resumes on the dataset that its checkpoint was trained on, and evaluates the same part of it. If
     the dataset is another one, and may not be: UserError."""
     before = checkpoint.get("text") or text
     if all(before.get(k) == text[k] for k in ("sha256", "val_tokens")):
-        if before.get("evaluated", text["evaluated"]) == text["evaluated"]:
+        most = text["val_tokens"] - 1  # the last token is only a target
+        if min(before.get("evaluated", text["evaluated"]), most) == min(text["evaluated"], most):
             return True
         print_once(f"eval_tokens is {text['evaluated']}, not {before['evaluated']} as in the checkpoint, so the lowest "
                    "validation loss is reset")
@@ -532,6 +542,11 @@ def move_earlier_run(folder, lock):
     log = folder / "log.csv"
     if not any(folder.glob("*.pt")) and not (log.exists() and any(read_log(log))):
         return False
+    other = next((path.parent for name in ("latest.pt", "best.pt", "meta.json") for path in folder.rglob(name)
+                  if path.parent != folder or name == "meta.json"), None)
+    if other:
+        raise UserError(f"{folder} holds an earlier run, which a new one would rename, but also {other}; name another "
+                        "--out_dir")
     folder = folder.resolve() if folder.is_symlink() else folder
     try:
         new = move_aside(folder)
@@ -588,7 +603,9 @@ class Log:
                 import wandb
         except ImportError as e:
             raise UserError(f"--{e.name} needs: pip install {e.name}") from None
-        if Path.cwd().is_relative_to(Path(folder).resolve()):  # it could not be renamed later
+        here, data = Path(folder).resolve(), Path(__file__).resolve().parent / "data"
+        # A new run renames the folder later, which must not take the project or its datasets with it.
+        if Path.cwd().is_relative_to(here) or data.is_relative_to(here) or here.is_relative_to(data):
             raise UserError(f"out_dir must be a folder for this run alone, not {str(folder)!r}; name another one")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = lock_run(self.path.parent)

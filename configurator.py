@@ -169,7 +169,9 @@ def _as_kind(value, kind, optional, from_text=False):
         return None
     if from_text:
         value = {"True": True, "False": False}[value] if kind is bool else kind(value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) in (int, float):
+        if 3e38 < abs(value) < float("inf"):  # more than PyTorch's float32 can hold
+            raise OverflowError
         return float(value)
     if type(value) is not kind or (kind is int and not -2 ** 63 <= value < 2 ** 63) or (kind is str and "\0" in value):
         raise ValueError
@@ -191,8 +193,10 @@ def _checked(name, value, settings, where, from_text=False):
     kind, optional, _ = settings[name]
     try:
         return _as_kind(value, kind, optional, from_text)
-    except (KeyError, ValueError, OverflowError):
+    except (KeyError, ValueError, OverflowError) as e:
         expected = ("True or False" if kind is bool else kind.__name__) + (" or None" if optional else "")
+        if kind is float and isinstance(e, OverflowError):
+            expected = "float of at most 3e38"
         got = f"{value!r:.200}" if type(value) is not int or abs(value) < 2 ** 63 else "a number of more than 64 bits"
         raise UserError(f"{name} expects {expected}, got {got} {where}") from None
 

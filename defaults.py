@@ -37,7 +37,7 @@ def choose_settings(config, tokens, vocab_size, device, finetune):
     context = given.get("block_size", max(1, min(row["block_size"], tokens // 4)))
     optimizer = given.get("optimizer", "adamw" if finetune else "muon")
     best = row | {"n_embd": width, "block_size": context, "optimizer": optimizer,
-                  "n_head": max(n for n in range(1, max(1, width // 32) + 1) if width % n == 0),
+                  "n_head": max(n for n in range(1, min(4096, max(1, width // 32)) + 1) if width % n == 0),
                   "learning_rate": 1e-4 if finetune else 1e-3 if optimizer == "adamw" else round(0.9 / width, 4)}
     if optimizer == "muon":
         best["muon_learning_rate"] = 0.03 if tokens <= SHORT and not finetune else 0.02

@@ -475,7 +475,9 @@ class Prepared:
         if not isinstance(cache, StaticCache):
             return self.plain_step(token, cache)
         if not token.is_cuda:
-            cache.check_room(1)  # compiled code does not check it
+            cache.check_room(1)  # compiled code does not check it, nor the shape
+        if token.shape != cache.k[0].shape[:1]:
+            raise ValueError(f"token must be ({cache.k[0].size(0)},) for this cache, got {tuple(token.shape)}")
         logits = compiled_step(self, cache)(self, token, cache)
         return logits.clone() if token.is_cuda else logits  # the next run of a CUDA graph writes over its outputs
 

@@ -124,6 +124,17 @@ def check(config, expected, is_good, *names, source=None):
                 f" in {source}; --{name} replaces it" if source else ""))
 
 
+def unescape(text):
+    """The text with a newline for each \\n, a tab for \\t and a backslash for \\\\, as one writes them in a shell."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text)
+
+
+def quoted(name):
+    """The name as one types it in a shell."""
+    import shlex
+    return shlex.quote(name)
+
+
 # --- datasets ---
 
 META = {"vocab_size": (int, at_least(1)), "dtype": (str, one_of("uint16", "uint32")), "tokenizer": (dict, None),
@@ -155,6 +166,8 @@ def prepare_dataset(folder, arguments, give_up):
             words = shlex.split(arguments.replace("\\", "\\\\"))  # Windows' paths have backslashes
         except ValueError as e:
             raise UserError(f"prepare must be arguments for prepare.py, got {arguments!r} ({e})") from None
+        if any(word.startswith(("--dataset", "--help")) for word in words):
+            raise UserError(f"prepare must not name a dataset, got {arguments!r}; it is {folder.name}")
         command = [sys.executable, Path(__file__).with_name("prepare.py"), f"--dataset={folder.name}", *words]
         ending = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
         ending = [number for number in ending if number and signal.getsignal(number) == signal.SIG_DFL]

@@ -187,7 +187,7 @@ try:
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
 except OSError as e:
     raise UserError(f"port {port} cannot be used ({e.strerror}); choose another --port") from None
-SITE = f"http://127.0.0.1:{server.server_port}"
+SITE = f"http://127.0.0.1:{server.server_port}".removesuffix(":80")  # as browsers write it
 print(f"{describe()['name']}: open {SITE} (Ctrl-C ends)", flush=True)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 while True:

@@ -30,7 +30,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from files import UserError, read_log, read_small, write_atomically
+from files import UserError, read_log, read_small, unescape, write_atomically
 
 # --- the settings, and the figures in files ---
 
@@ -155,7 +155,7 @@ def plot_attention():
     model, tok = load_model(out_dir)[:2] if init_from == "resume" else load_pretrained(init_from)
     if tok is None:
         raise UserError(f"{init_from} has no tokenizer, or one other than GPT-2's")
-    ids = tok.encode(start)
+    ids = tok.encode(unescape(start))
     if not 0 < len(ids) <= model.config.block_size:
         raise UserError(f"--start has {len(ids)} tokens; the model reads from 1 to {model.config.block_size}")
     c = model.config

@@ -61,6 +61,8 @@ from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, read_nanogpt_
 BATCH = 16 << 20   # the progress is saved after roughly this many characters
 RUN = 20_000       # characters at the end of a text without white space, in which to look for a place to cut it
 FOLDER = Path(__file__).resolve().parent / "data" / dataset
+if FOLDER.exists() and not FOLDER.is_dir():
+    raise UserError(f"{FOLDER} is a file; give the dataset another name")
 PARTIAL = FOLDER / ".partial"  # holds the files until they are finished
 STREAM = FOLDER / ".stdin"     # holds standard input while it is read
 
@@ -368,8 +370,9 @@ def count_bytes(path, tok, dtype, source=None):
 def tidy():
     """Removes what an error left, unless the next run can continue from it."""
     STREAM.unlink(missing_ok=True)
-    for unfinished in filter(Path.is_file, FOLDER.glob("*.tmp")):  # of a process that was killed
-        unfinished.unlink()
+    for file in FOLDER.glob("*.tmp"):  # of a process that was killed
+        if re.fullmatch(r"input\.txt\.\d+\.tmp", file.name) and file.is_file():
+            file.unlink()
     if PARTIAL.is_dir() and not (PARTIAL / "progress.json").exists():
         shutil.rmtree(PARTIAL)
     if FOLDER.is_dir() and not FOLDER.is_symlink() and not any(FOLDER.iterdir()):

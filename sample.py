@@ -29,10 +29,9 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator
 
 import contextlib
 import math
-import re
 import sys
 
-from files import UserError, check, read_small
+from files import UserError, check, read_small, unescape
 
 check(config, "at least 1", lambda x: x >= 1, "num_samples", "top_k")
 check(config, "at least 0", lambda x: 0 <= x < math.inf, "max_new_tokens", "temperature")
@@ -76,11 +75,6 @@ class Text:
             held = max((n for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
         print(self.text[self.shown:len(self.text) - held], end="", flush=True)
         self.shown = max(self.shown, len(self.text) - held)
-
-
-def unescape(text):
-    """The text with a newline for each \\n, a tab for \\t and a backslash for \\\\, as one writes them in a shell."""
-    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text)
 
 
 def read_prompt(start):

@@ -66,7 +66,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from files import UserError, bits_per_byte, check, is_dataset_name, open_dataset, prepare_dataset
+from files import UserError, bits_per_byte, check, is_dataset_name, open_dataset, prepare_dataset, quoted
 
 
 def check_settings(source=None):
@@ -93,7 +93,7 @@ import torch
 
 import distributed
 from checkpoint import Log, check_probe, format_seconds, get_state, has_same_text, load_pretrained, load_to_resume
-from checkpoint import probe, save_checkpoint, set_state
+from checkpoint import probe, progress, save_checkpoint, set_state
 from defaults import choose_settings
 from device import can_compile, check_training_memory, choose_device, choose_dtype, peak_flops, peak_memory, to_device
 from distributed import all_reduce_sum, print_once
@@ -168,7 +168,7 @@ def get_batch(step):
     """The inputs and targets (micro_steps * micro_batch, T) of this process in a step. They follow from the seed and
     the step alone, so a resumed run sees the batches of one that never stopped, and so do runs on more processes."""
     mine = sequences // world_size
-    first = step * sequences + distributed.rank * mine
+    first = extra // block_size + step * sequences + distributed.rank * mine
     starts = np.array([window_starts(i // windows)[i % windows] for i in range(first, first + mine)])
     ids = to_device(train_data[starts[:, None] + np.arange(block_size + 1)], device)
     return ids[:, :-1], ids[:, 1:]  # the target at each position is the next token
@@ -192,14 +192,13 @@ compile = can_compile(device, compile)
 model = torch.compile(raw_model) if compile else raw_model  # for training steps; both have the same weights
 if distributed.is_distributed and strategy == "ddp":
     model = distributed.replicate(model, device)
-iter_num, best_val_loss, bad_evals, seconds, eval_seconds = 0, None, 0, 0.0, 0.0  # a resume restores the first four
+iter_num, best_val_loss, bad_evals, seconds, eval_seconds, extra = 0, None, 0, 0.0, 0.0, 0  # a resume restores these
 text = {k: meta.get(k) for k in ("sha256", "val_tokens", "val_bytes")} | {"dataset": dataset, "evaluated": eval_tokens}
 if checkpoint:
     set_state(raw_model, [o for o, _ in optimizers], checkpoint, source)
     check_probe(raw_model, checkpoint, source)
     scaler.load_state_dict(scaler.state_dict() | checkpoint["scaler"])  # {} if the run was not in float16 so far
-    iter_num, best_val_loss, bad_evals, seconds = (checkpoint.get(k) for k in
-                                                   ("iter_num", "best_val_loss", "bad_evals", "seconds"))
+    iter_num, best_val_loss, bad_evals, seconds, extra = progress(checkpoint, sequences * block_size)
     if not has_same_text(checkpoint, text, source, may_differ="dataset" in overrides):
         best_val_loss, bad_evals = None, 0
 
@@ -212,7 +211,7 @@ def save(path, with_optimizers=True):
         "model_config": (shape := asdict(raw_model.config)), "tokenizer": meta["tokenizer"],
         "config": {k: v for k, v in config.items() if k not in shape}, "text": text, "wandb_id": log.wandb_id,
         "iter_num": iter_num, "best_val_loss": best_val_loss, "bad_evals": bad_evals, "seconds": seconds,
-        "tokens": iter_num * sequences * block_size, "scaler": scaler.state_dict(), "probe": probe(raw_model)})
+        "tokens": extra + iter_num * sequences * block_size, "scaler": scaler.state_dict(), "probe": probe(raw_model)})
 
 
 # --- evaluation ---
@@ -352,7 +351,7 @@ if __name__ == "__main__":
                        f"{grad_norm.item():.3f}  {speed:,.0f} tokens/s{of_peak}  {format_seconds(left)} left")
             check_finite(mean_loss)
             logged_at, logged_seconds = iter_num, seconds
-            row = dict(iter=iter_num, tokens=iter_num * tokens_per_step, seconds=seconds, loss=mean_loss,
+            row = dict(iter=iter_num, tokens=extra + iter_num * tokens_per_step, seconds=seconds, loss=mean_loss,
                        lr=learning_rate * share, grad_norm=grad_norm.item(), tokens_per_second=speed)
             log.write(**row, **(evaluate_and_keep_best() if evaluating else {}))
             mark = time.perf_counter()  # evaluating and saving are not training time
@@ -365,7 +364,7 @@ if __name__ == "__main__":
             mark = time.perf_counter()
 
     log.close()
-    where = "" if out_dir == "out" else f" --out_dir={out_dir}"
+    where = "" if out_dir == "out" else f" --out_dir={quoted(out_dir)}"
     if out_of_patience():
         print_once(f"stopping early: {bad_evals} evaluations without a lower validation loss")
     if stop:

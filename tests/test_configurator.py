@@ -88,6 +88,7 @@ def test_help_is_read_from_the_source(script):
     (["--size=2.5"], ["size expects int", "2.5"]),
     (["--size=None"], ["size expects int"]),
     (["--rate=fast"], ["rate expects float", "fast"]),
+    (["--rate=1e39"], ["rate expects float of at most 3e38, got '1e39'"]),
     (["--flag=yes"], ["flag expects True or False", "yes"]),
     (["--limit=x"], ["limit expects int or None"]),
     (["--size"], ["--size needs a value"]),

@@ -281,6 +281,7 @@ def test_sizes_that_nobody_names_fit_the_text(project):
     for heads, width in ((3, 126), (4, 128), (200, 200)):
         narrow = choose_settings(dict.fromkeys(names) | {"n_head": heads}, 10 ** 6, 65, cpu, False)
         assert narrow["n_embd"] == width and "n_head" not in narrow
+    assert choose_settings(dict.fromkeys(names) | {"n_embd": 2 ** 62}, 10 ** 6, 65, cpu, False)["n_head"] == 4096
     # At most 8 epochs, 6 on a GPU, 3 of byte pairs and in finetuning, whatever the number of tokens in a step.
     for vocab_size, finetune, device, epochs in ((65, False, cpu, 8), (65, False, gpu, 6), (65, True, cpu, 3),
                                                  (65, True, gpu, 3), (50257, False, cpu, 3), (50257, False, gpu, 3)):

@@ -354,6 +354,13 @@ def test_a_full_static_cache_is_an_error():
         model.decode_one_token(torch.zeros(1, dtype=torch.long), cache)
 
 
+def test_a_compiled_step_takes_one_token_of_each_sequence():
+    model = for_inference(random_model(0), compile=True)
+    for n in (1, 3):
+        with pytest.raises(ValueError, match=rf"token must be \(2,\) for this cache, got \({n},\)"):
+            model.decode_one_token(torch.zeros(n, dtype=torch.long), model.new_cache(2, 4))
+
+
 # --- a whole model, in training ---
 
 def losses_and_gradients(model, x, y, dtype):

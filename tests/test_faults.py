@@ -11,6 +11,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -373,11 +374,43 @@ def test_other_tokens_to_evaluate_reset_the_lowest_loss(trained):
     shutil.copytree(trained.folder / "out", trained.folder / "evaluated")
     how = ["train.py", "--init_from=resume", "--out_dir=evaluated"]
     assert "is reset" not in trained.run(*how, "--max_iters=62")
+    assert "is reset" not in trained.run(*how, "--max_iters=62", "--eval_tokens=1000000")  # there are fewer anyway
     checkpoint = load_checkpoint(trained.folder / "evaluated" / "latest.pt")
     checkpoint["best_val_loss"] = 0.5  # which the next evaluation does not reach
     torch.save(checkpoint, trained.folder / "evaluated" / "latest.pt")
     assert "eval_tokens is 64, not " in trained.run(*how, "--max_iters=64", "--eval_tokens=64")
     assert load_checkpoint(trained.folder / "evaluated" / "best.pt")["best_val_loss"] > 0.5
+
+
+def test_another_batch_size_continues_the_count_of_tokens(trained):
+    """The run goes on where it stood in the text: 60 steps of 8 sequences of 32 tokens, then steps of 3 and of 12."""
+    shutil.copytree(trained.folder / "out", trained.folder / "batch")
+    how = ["train.py", "--init_from=resume", "--out_dir=batch", "--log_interval=1"]
+    trained.run(*how, "--max_iters=62", "--batch_size=3")
+    trained.run(*how, "--max_iters=63", "--batch_size=6", "--gradient_accumulation_steps=2")
+    tokens = dict(rows(trained.folder / "batch", ["iter", "tokens"]))
+    assert [int(tokens[i]) // 32 for i in ("60", "61", "62", "63")] == [480, 483, 486, 498]
+    assert load_checkpoint(trained.folder / "batch" / "latest.pt")["tokens"] == 498 * 32
+    code = """import train
+i = 486
+start = train.window_starts(i // train.windows)[i % train.windows]
+assert (train.get_batch(62)[0][0].numpy() == train.train_data[start:start + 32]).all()"""
+    subprocess.run([sys.executable, "-c", code, "--init_from=resume", "--out_dir=batch"], cwd=trained.folder,
+                   check=True)
+
+
+def test_a_run_does_not_rename_datasets_or_other_runs(trained):
+    for out_dir in ("data", "data/tiny", "."):
+        done = trained.finish("train.py", *TINY, "--max_iters=1", f"--out_dir={out_dir}")
+        assert done.returncode == 1 and "out_dir must be a folder for this run alone" in done.stderr
+    for out_dir in ("outer", "outer/inner run"):
+        printed = trained.run("train.py", *TINY, "--max_iters=1", f"--out_dir={out_dir}")
+    assert "next: python sample.py --out_dir='outer/inner run'\n" in printed
+    done = trained.finish("train.py", *TINY, "--max_iters=1", "--out_dir=outer")
+    assert done.returncode == 1 and done.stderr.splitlines() == [
+        f"error: outer holds an earlier run, which a new one would rename, but also {Path('outer/inner run')}; name "
+        "another --out_dir"]
+    assert not (trained.folder / "outer.1").exists()
 
 
 def test_steps_that_change_nothing_are_announced(trained):

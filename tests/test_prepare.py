@@ -375,3 +375,19 @@ def test_a_full_disk_is_one_line(project):
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)))
     assert done.returncode == 1
     assert done.stderr == f"error: {project.folder}{os.sep}data{os.sep}mine: File too large\n"
+
+
+def test_what_is_not_prepares_own_stays(project):
+    """A user's file in the dataset's folder, a file where that folder should be, and other datasets."""
+    text = project.folder / "data" / "mine" / "book.tmp"
+    text.parent.mkdir(parents=True)
+    text.write_text(TEXT)
+    (text.parent / "input.txt.123.tmp").write_text("of a killed process")
+    project.run("prepare.py", "--dataset=mine", f"--input={text}")
+    assert text.read_text() == TEXT and not (text.parent / "input.txt.123.tmp").exists()
+    (project.folder / "data" / "notes").write_text("mine")
+    done = project.finish("prepare.py", "--dataset=notes", f"--input={text}")
+    assert done.returncode == 1 and done.stderr.endswith("notes is a file; give the dataset another name\n")
+    done = project.finish("train.py", "--dataset=new", f"--prepare=--dataset=other --input={text}")
+    assert done.returncode == 1 and done.stderr.startswith("error: prepare must not name a dataset, got ")
+    assert not (project.folder / "data" / "other").exists()
