@@ -155,7 +155,10 @@ def plot_attention():
     model, tok = load_model(out_dir)[:2] if init_from == "resume" else load_pretrained(init_from)
     if tok is None:
         raise UserError(f"{init_from} has no tokenizer, or one other than GPT-2's")
-    ids = tok.encode(unescape(start))
+    try:
+        ids = tok.encode(unescape(start))
+    except UserError as e:
+        raise UserError(f"--start: {e}") from None
     if not 0 < len(ids) <= model.config.block_size:
         raise UserError(f"--start has {len(ids)} tokens; the model reads from 1 to {model.config.block_size}")
     c = model.config

@@ -197,6 +197,7 @@ text = {k: meta.get(k) for k in ("sha256", "val_tokens", "val_bytes")} | {"datas
 if checkpoint:
     set_state(raw_model, [o for o, _ in optimizers], checkpoint, source)
     check_probe(raw_model, checkpoint, source)
+    del checkpoint["model"], checkpoint["optimizer"]  # they are in place, and take memory
     scaler.load_state_dict(scaler.state_dict() | checkpoint["scaler"])  # {} if the run was not in float16 so far
     iter_num, best_val_loss, bad_evals, seconds, extra = progress(checkpoint, sequences * block_size)
     if not has_same_text(checkpoint, text, source, may_differ="dataset" in overrides):
