@@ -538,15 +538,15 @@ def first_line(e):
 
 def move_earlier_run(folder, lock):
     """Renames a folder that holds a run, or anything of one, to folder.1, folder.2, ... A link to a folder stays, and
-    the folder itself is renamed. Releases its lock afterwards. Returns whether there was anything to rename."""
+    the folder itself is renamed. Releases its lock afterwards. Returns whether there was anything to rename. UserError
+    if another run lies in the folder."""
     log = folder / "log.csv"
     if not any(folder.glob("*.pt")) and not (log.exists() and any(read_log(log))):
         return False
-    other = next((path.parent for name in ("latest.pt", "best.pt", "meta.json") for path in folder.rglob(name)
-                  if path.parent != folder or name == "meta.json"), None)
-    if other:
-        raise UserError(f"{folder} holds an earlier run, which a new one would rename, but also {other}; name another "
-                        "--out_dir")
+    inner = next((path.parent for path in folder.rglob("latest.pt") if path.parent != folder), None)
+    if inner:
+        raise UserError(f"{folder} holds an earlier run, which a new one renames, but {inner} is a run of its own; "
+                        "name another --out_dir")
     folder = folder.resolve() if folder.is_symlink() else folder
     try:
         new = move_aside(folder)

@@ -80,7 +80,7 @@ def missing_compiler(device):
 
 
 def can_compile(device, wanted=None):
-    """Whether to compile the model: as wanted, where None means on a GPU of 2017 or later (Volta), if what compiling
+    """Whether to compile the model: as wanted or, if that is None, on a GPU of 2017 or later (Volta) if what compiling
     needs is there. UserError if it is wanted on a CPU and there is no compiler."""
     if wanted is not None:
         if wanted and device.type == "cpu" and (missing := missing_compiler(device)):
@@ -109,8 +109,8 @@ def synchronize(device):
 # FLOP/s of dense matrix multiplications in float16, in bfloat16 (0: not in hardware) and in float32 (as TF32, if there
 # is that), from NVIDIA's data sheets. A pattern must match the device's name to its end.
 PEAKS = {
-    r"H200": (989e12, 989e12, 494e12), r"H200 NVL": (835e12, 835e12, 418e12),
-    r"H100 (80GB HBM3|SXM5.*)": (989e12, 989e12, 494e12), r"H100 PCIe": (756e12, 756e12, 378e12),
+    r"H200": (989e12, 989e12, 494e12), r"H100 (80GB HBM3|SXM5.*)": (989e12, 989e12, 494e12),
+    r"H100 PCIe": (756e12, 756e12, 378e12),
     r"A100(-\w+)+|A100 80GB PCIe": (312e12, 312e12, 156e12), r"L40S": (362e12, 362e12, 183e12),
     r"L4": (121e12, 121e12, 60e12), r"RTX 4090": (165e12, 165e12, 83e12), r"RTX 3090": (71e12, 71e12, 36e12),
     r"V100-SXM2-(16|32)GB": (125e12, 0, 15.7e12), r"T4": (65e12, 0, 8.1e12)}

@@ -115,7 +115,7 @@ def hidden_matrices(model):
 def make_optimizers(model, optimizer, learning_rate, muon_learning_rate=0.02, weight_decay=0.0, beta1=0.9, beta2=0.95,
                     muon_momentum=0.95, muon_dtype=torch.bfloat16):
     """A model -> a list of (optimizer, peak learning rate). With "adamw" it has one. Weight decay acts on matrices, not
-    on biases and norms. With "muon", Muon takes the matrices inside the blocks, and AdamW the rest. Norms and biases
+    on biases and norms. With "muon", Muon takes the linear layers but the last, and AdamW the rest. Norms and biases
     are vectors, which have no singular values to equalise. An embedding is a table of vectors, and it works better with
     AdamW, as does the output layer, which shares it (Jordan et al. 2024, "When should you use Muon?"). muon_dtype: what
     Muon orthogonalises in. UserError for another name, or if there is no matrix for Muon."""

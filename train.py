@@ -166,7 +166,7 @@ def window_starts(epoch):
 
 def get_batch(step):
     """The inputs and targets (micro_steps * micro_batch, T) of this process in a step. They follow from the seed and
-    the step alone, so a resumed run sees the batches of one that never stopped, and so do runs on more processes."""
+    the sequences read before, so a resumed run sees the batches of one that never stopped, and so do more processes."""
     mine = sequences // world_size
     first = extra // block_size + step * sequences + distributed.rank * mine
     starts = np.array([window_starts(i // windows)[i % windows] for i in range(first, first + mine)])
@@ -192,7 +192,7 @@ compile = can_compile(device, compile)
 model = torch.compile(raw_model) if compile else raw_model  # for training steps; both have the same weights
 if distributed.is_distributed and strategy == "ddp":
     model = distributed.replicate(model, device)
-iter_num, best_val_loss, bad_evals, seconds, eval_seconds, extra = 0, None, 0, 0.0, 0.0, 0  # a resume restores these
+iter_num, best_val_loss, bad_evals, seconds, extra, eval_seconds = 0, None, 0, 0.0, 0, 0.0  # a resume restores five
 text = {k: meta.get(k) for k in ("sha256", "val_tokens", "val_bytes")} | {"dataset": dataset, "evaluated": eval_tokens}
 if checkpoint:
     set_state(raw_model, [o for o, _ in optimizers], checkpoint, source)
@@ -225,7 +225,7 @@ def evaluate(data, evenly=False):
     n = max(1, min(eval_tokens, len(val_data) - 1) // T)
     starts = np.linspace(0, len(data) - T - 1, n).astype(np.int64) if evenly else np.arange(n) * T
     mine = starts[distributed.rank::world_size]
-    # At least as many as in training; else at most 8192 tokens, and logits, the largest tensor, of 2^26 numbers.
+    # Windows at once: up to 8192 tokens and 2^26 logits, which are the largest tensor, but no fewer than in training.
     at_once = max(micro_batch, min(8192, 2 ** 26 // meta["vocab_size"]) // T)
     raw_model.eval()
     total = 0.0

@@ -319,7 +319,8 @@ def check_static_cache():
     for capacity, sizes in ((16, (5, 1, 1, 6, 3)), (16, (16,)), (8, (3, 4, 1)), (1, (1,))):
         cache, pieces = StaticCache(model.config, 3, capacity), []
         for piece in idx[:, :sum(sizes)].split(sizes, dim=1):
-            assert cache.positions(1).tolist() == [sum(p.size(1) for p in pieces)]
+            before = sum(p.size(1) for p in pieces)
+            assert cache.positions(piece.size(1)).tolist() == list(range(before, before + piece.size(1)))
             pieces.append(model(piece, cache=cache)[0])
         assert int(cache.length) == sum(sizes)
         torch.testing.assert_close(torch.cat(pieces, 1), exact[:, :sum(sizes)], atol=1e-4, rtol=1e-5)

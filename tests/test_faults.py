@@ -408,8 +408,8 @@ def test_a_run_does_not_rename_datasets_or_other_runs(trained):
     assert "next: python sample.py --out_dir='outer/inner run'\n" in printed
     done = trained.finish("train.py", *TINY, "--max_iters=1", "--out_dir=outer")
     assert done.returncode == 1 and done.stderr.splitlines() == [
-        f"error: outer holds an earlier run, which a new one would rename, but also {Path('outer/inner run')}; name "
-        "another --out_dir"]
+        f"error: outer holds an earlier run, which a new one renames, but {Path('outer/inner run')} is a run of its "
+        "own; name another --out_dir"]
     assert not (trained.folder / "outer.1").exists()
 
 

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 
 import pytest
 
 from conftest import ROOT
-from files import UserError, at_least, download, one_of, read_json, read_wheel, write_atomically
+from files import UserError, at_least, download, one_of, put_in_place, read_json, read_wheel, write_atomically
 
 
 def test_write_atomically(tmp_path):
@@ -32,6 +33,23 @@ def test_a_write_that_fails_leaves_the_file_and_nothing_else(tmp_path):
         write_atomically(tmp_path / "folder" / "file", b"data")
     assert caught.value.filename == str(tmp_path / "folder" / "file") and caught.value.filename2 is None
     assert os.listdir(tmp_path / "folder") == ["file"]
+
+
+def test_a_file_that_is_being_read_is_replaced_later_under_windows(monkeypatch):
+    class Busy:
+        tries = 0
+
+        def replace(self, path):
+            self.tries += 1
+            if self.tries < 4:
+                raise PermissionError(path)
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(PermissionError):  # elsewhere it is a lack of rights, which does not pass
+        put_in_place(Busy(), "best.pt")
+    monkeypatch.setattr(os, "name", "nt")
+    put_in_place(busy := Busy(), "best.pt")
+    assert busy.tries == 4
 
 
 def test_a_full_disk_names_the_file(tmp_path):
