@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 from distributed import gathered, is_main_process, print_once, shard_like
 from files import LOG_COLUMNS, UserError, at_least, check_fields, is_dataset_name, open_file, put_in_place, read_json
-from files import read_log, read_small, write_atomically
+from files import quoted, read_log, read_small, write_atomically
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, fetch_vocabulary, load_tokenizer, read_nanogpt_characters
 
@@ -244,7 +244,8 @@ def is_sound(checkpoint):
 def other_checkpoint(path):
     """What to do about a damaged checkpoint: use the other one of the run, if there is one."""
     if path.name == "latest.pt" and (path.parent / "best.pt").exists():
-        return f"restore a copy, or start a new run from the weights in best.pt: --init_from={path.parent / 'best.pt'}"
+        best = quoted(path.with_name("best.pt"))
+        return f"restore a copy, or start a new run from the weights in best.pt: --init_from={best}"
     if path.name == "best.pt" and (path.parent / "latest.pt").exists():
         return "restore a copy, or move it away to use latest.pt"
     return "restore a copy, or train the model again"
@@ -352,7 +353,7 @@ def load_model(out_dir, block_size=None, dropout=None):
     path = find_checkpoint(out_dir)
     if path is None:
         raise UserError(f"no checkpoint in {out_dir}: " + (
-            f"it holds a model in Hugging Face's format, which --init_from={out_dir} takes"
+            f"it holds a model in Hugging Face's format, which --init_from={quoted(out_dir)} takes"
             if (Path(out_dir) / "config.json").is_file() else
             "train one first, for example with python train.py config/train_shakespeare_char.py"))
     checkpoint = load_checkpoint(path, TO_SAMPLE)
@@ -680,8 +681,10 @@ def load_pretrained(name_or_folder, block_size=None, dropout=0.0):
         config = dataclasses.replace(read_config(given, name_or_folder), dropout=dropout)
     except UserError:
         raise
-    except (OSError, TypeError, ValueError) as e:
+    except OSError as e:
         raise UserError(f"{name_or_folder} has no readable config.json ({first_line(e)})") from None
+    except (TypeError, ValueError) as e:
+        raise UserError(f"the config.json of {name_or_folder} does not fit a GPT-2 ({first_line(e)})") from None
     tensors = read_tensors(folder, name_or_folder)
     tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()
                if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # the causal mask, which older files carry

@@ -130,9 +130,9 @@ def unescape(text):
 
 
 def quoted(name):
-    """The name as one types it in a shell."""
+    """A name or path as one types it in a shell."""
     import shlex
-    return shlex.quote(name)
+    return shlex.quote(str(name))
 
 
 # --- datasets ---

@@ -114,7 +114,7 @@ if init_from == "resume" and (out / "latest.pt").exists():
     fixed = checkpoint["model_config"] | {"optimizer": checkpoint["config"].get("optimizer", optimizer)}
     tokenizer = checkpoint["tokenizer"]
 elif init_from == "resume" and any(out.glob("*.pt")):
-    raise UserError(f"{out_dir} has no latest.pt to resume from; start from its weights: --init_from={out_dir}")
+    raise UserError(f"{out_dir} has no latest.pt to resume from; start from its weights: --init_from={quoted(out_dir)}")
 elif init_from == "resume":
     print_once(f"no latest.pt in {out_dir}: starting from scratch")
 elif init_from != "scratch":

@@ -162,6 +162,11 @@ def test_what_cannot_be_had_is_named(tmp_path):
     with pytest.raises(ValueError, match="no readable config.json"):
         load_pretrained(tmp_path)
     theirs().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_head": 7}))
+    with pytest.raises(ValueError, match="does not fit a GPT-2 .*divisible"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(ValueError, match="cannot be read"):
         load_pretrained(tmp_path)
