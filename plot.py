@@ -23,11 +23,13 @@ json: str | None = None       # gradients, kv, train: the files with the figures
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 
+import contextlib
 import io
 import json as json_format
 import math
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 from files import UserError, read_log, read_small, unescape, write_atomically
@@ -124,8 +126,10 @@ except ImportError:
     raise UserError("the pictures need matplotlib: pip install matplotlib") from None
 matplotlib.use("Agg")  # no window: a file
 matplotlib.rcParams["text.parse_math"] = False  # $ is a character like others
+warnings.filterwarnings("ignore", "Glyph .* missing from")  # a character that no font has is drawn as a box
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
 
 # --- the pictures ---
 
@@ -144,6 +148,18 @@ def draw_head(ax, weights, tokens, labels):
     ax.set_yticks(ticks, tokens if labels else [])
     ax.tick_params(length=0)
     return image
+
+
+def fonts_for(text):
+    """Fonts of this machine that together have the characters of a text: matplotlib's own first, then others."""
+    families, missing = [], set(map(ord, text + "x"))
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda f: f.name != "DejaVu Sans"):
+        if missing and not font.name.startswith("Last Resort"):  # which has a box for every character
+            with contextlib.suppress(RuntimeError):  # a font that matplotlib cannot draw
+                found = missing & font_manager.get_font(font.fname).get_charmap().keys()
+                families += [font.name] if found else []
+                missing -= found
+    return families
 
 
 def plot_attention():
@@ -168,6 +184,7 @@ def plot_attention():
         if config[name] is not None and config[name] >= n:
             raise UserError(f"{name} must be from 0 to {n - 1}, got {config[name]}")
     tokens = [visible(tok.decode([i])) for i in ids]
+    matplotlib.rcParams["font.family"] = fonts_for("".join(tokens))
     layers = range(maps.shape[0]) if layer is None else [layer]
     heads = range(maps.shape[1]) if head is None else [head]
     cell = 7 if len(layers) * len(heads) == 1 else max(2.2, 0.16 * len(ids))
