@@ -371,6 +371,18 @@ def load_model(out_dir, block_size=None, dropout=None):
     return model.eval(), load_tokenizer(checkpoint["tokenizer"]), checkpoint
 
 
+def load_to_sample(init_from, out_dir):
+    """The model to generate with, in eval mode on the CPU, and its tokenizer: those of the run in out_dir if init_from
+    is "resume", otherwise what load_pretrained finds. UserError if there is none, or no tokenizer."""
+    if init_from == "resume":
+        return load_model(out_dir)[:2]
+    model, tok = load_pretrained(init_from)
+    if tok is None:
+        raise UserError(f"{init_from} has no tokenizer that this program knows, which are GPT-2's and those of its own "
+                        "exports of character models")
+    return model, tok
+
+
 def cropped(config, tensors, block_size, source):
     """A model's config and tensors -> those of the same model with fewer positions. UserError if it has too few."""
     if block_size > config.block_size:
@@ -668,7 +680,7 @@ def load_pretrained(name_or_folder, block_size=None, dropout=0.0):
     """Loads the weights of a run of ours or of nanoGPT's (see find_checkpoint), or of a GPT-2: gpt2, gpt2-medium,
     gpt2-large, gpt2-xl, the name of any GPT-2 on Hugging Face, or a folder with config.json and the weights
     (safetensors, in one file or several, or pytorch_model.bin). Returns the model, in eval mode, and the tokenizer,
-    which is None if a folder does not have GPT-2's. block_size cuts off later positions. UserError if the weights
+    which is None if tokenizer.py cannot read it. block_size cuts off later positions. UserError if the weights
     cannot be read, or are not those of a GPT-2 that model.py can compute."""
     if find_checkpoint(name_or_folder):
         return load_model(name_or_folder, block_size, dropout)[:2]

@@ -19,7 +19,7 @@ BYTE_PAIRS_ON_A_CPU = [(1_500_000, 2, 128, 64, 8, 600),
 ON_A_GPU = [(200_000, 4, 256, 128, 32, 600),
             (5_000_000, 6, 384, 256, 64, 2000),
             (math.inf, 8, 512, 256, 128, 5000)]
-# A model that has read a text more often than this has begun to learn it by heart.
+# The most epochs. With more, the model begins to learn the text by heart.
 EPOCHS, EPOCHS_ON_A_GPU, EPOCHS_OF_BYTE_PAIRS = 8, 6, 3  # the last one is for finetuning, too
 SHORT = 250_000  # tokens; on a text that is no longer, a higher rate is better for Muon
 MOST_TO_EVALUATE = 2_000_000  # tokens

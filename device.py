@@ -58,7 +58,7 @@ def has_fast_bfloat16(device):
 
 def choose_dtype(device, name=None, training=True):
     """The name of a dtype, or None for the fastest that is safe -> the name. Generation is in float32 unless asked
-    otherwise, except on CUDA: on a CPU, 16 bits are much faster only if decoding is compiled."""
+    otherwise, except on CUDA: on a CPU, 16 bits gain much only if decoding is compiled."""
     if name is None and (training or device.type == "cuda"):
         name = "bfloat16" if has_fast_bfloat16(device) else "float16" if device.type == "cuda" else "float32"
     return name or "float32"

@@ -78,19 +78,9 @@ def all_reduce(value, operation):
     return tensor.item()
 
 
-def all_reduce_sum(value):
-    """The sum of a number over all processes."""
-    return all_reduce(value, "SUM")
-
-
-def all_reduce_max(value):
-    """The maximum of a number over all processes."""
-    return all_reduce(value, "MAX")
-
-
 def check_same(number, what):
     """UserError if the processes do not have the same number."""
-    if all_reduce_max(number) != -all_reduce_max(-number):
+    if all_reduce(number, "MAX") != all_reduce(number, "MIN"):
         raise UserError(f"the processes find different {what}; copy the files to every machine, or share the folder")
 
 
@@ -124,7 +114,7 @@ def run_on_main_process(function, *args):
             store.set(key, error.encode(errors="backslashreplace"))
         store.wait([key], datetime.timedelta(days=30))
         error = store.get(key).decode()
-        all_reduce_sum(0)  # the main process may hold the store, so it must not end before all have read
+        all_reduce(0, "SUM")  # the main process may hold the store, so it must not end before all have read
     if error:
         raise UserError(error)
 
@@ -154,7 +144,7 @@ def _on_stop(number, frame):
 
 def stop_signal():
     """The number of the signal that asks to stop, the same in all processes; 0 if there was none."""
-    return int(all_reduce_max(_signal))
+    return int(all_reduce(_signal, "MAX"))
 
 
 # --- one model in several processes ---

@@ -174,7 +174,8 @@ class FastLinear(nn.Linear):
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         if torch.compiler.is_compiling():
-            most = 8 if x.device.type == "cpu" and self.weight.dtype == torch.float32 else 1  # then kernels are faster
+            # With more rows than this, PyTorch's kernels are faster.
+            most = 8 if x.device.type == "cpu" and self.weight.dtype == torch.float32 else 1
             few = x.numel() <= most * x.size(-1)
             return few_rows(x, self.weight, None, self.bias) if few else super().forward(x)
         if (x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
@@ -316,10 +317,9 @@ class StaticCache(KVCache):
 
 
 def compiler_options(dtype):
-    """By default the compiler fuses a layer norm into the linear layer after it, and computes the norm again for every
-    output. An expression of this many operations is computed once and stored. A linear layer has fewer. In float32,
-    a product is rounded before it is added, as in model.py. Other weights are rounded anyway, and then one instruction
-    does both."""
+    """Options for the compiler. By default it fuses a layer norm into the linear layer after it, and computes the norm
+    again for every output. Here, an expression of at least so many operations is computed once and stored. In float32,
+    a product is rounded before it is added, as in model.py. In other dtypes, one instruction does both."""
     return {"realize_opcount_threshold": 12 if dtype == "bfloat16" else 8,
             "cpp.enable_floating_point_contract_flag": "off" if dtype == "float32" else "fast"}
 
@@ -599,25 +599,21 @@ def restore(model):
         model.__class__ = type(model).__bases__[1]
 
 
-def has_onednn(model):
-    """Whether the model lies on a CPU and PyTorch was built with oneDNN."""
-    return model.wte.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-
-
 def for_training(model):
     """Replaces layers by faster ones, in place; also returns the model."""
     restore(model)
-    if model.wte.weight.device.type == "cpu":
+    device = model.wte.weight.device.type
+    if device == "cpu":
         keep_memory()
     was_training = model.training
     model.eval()  # the comparisons are without dropout
     with torch.no_grad():
         replace(model, CausalSelfAttention, FusedAttention)
-        if model.wte.weight.device.type == "cpu":
+        if device == "cpu":
             replace(model, nn.Dropout, FastDropout)
-        if has_onednn(model):
-            replace(model, nn.Linear, FastLinear)
-        if model.wte.weight.device.type == "cuda":
+            if torch.backends.mkldnn.is_available():
+                replace(model, nn.Linear, FastLinear)
+        elif device == "cuda":
             replace_head(model)
     mix_in(LossOnly, model)
     return model.train(was_training)
@@ -632,7 +628,8 @@ def for_inference(model, dtype="float32", compile=False):
     if dtype not in ("float32", "bfloat16", "float16", "int8"):
         raise ValueError(f"dtype must be float32, bfloat16, float16 or int8, got {dtype!r}")
     restore(model.eval())
-    if model.wte.weight.device.type == "cpu":
+    device = model.wte.weight.device
+    if device.type == "cpu":
         keep_memory()
     replace(model, CausalSelfAttention, CompiledAttention if compile else FusedAttention)
     if dtype != "int8":
@@ -643,10 +640,10 @@ def for_inference(model, dtype="float32", compile=False):
         replace(model, nn.Linear, Int8Linear)
     elif compile:
         replace(model, nn.Linear, FastLinear)
-    elif dtype == "float32" and has_onednn(model):
+    elif dtype == "float32" and device.type == "cpu" and torch.backends.mkldnn.is_available():
         replace(model, nn.Linear, PackedLinear)
     try:
-        model(torch.zeros(1, 1, dtype=torch.long, device=model.wte.weight.device))
+        model(torch.zeros(1, 1, dtype=torch.long, device=device))
     except Exception:  # a changed model.py uses a weight directly, which has another layout now: undo the replacement
         for layer, weight in before.items():
             if layer is model.lm_head:

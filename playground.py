@@ -8,7 +8,7 @@ with requests in JSON, which only this page may send. Ctrl-C ends the program.
 """
 import os
 
-init_from = "resume"        # resume: the run in out_dir; else gpt2, ..., gpt2-xl, a Hugging Face name or folder
+init_from = "resume"        # resume: the run in out_dir; else gpt2, ..., gpt2-xl, a Hugging Face name, a folder
 out_dir = "out"             # the run to take the model from
 port = 8000                 # of the address, http://127.0.0.1:8000; 0: any that is free
 device: str | None = None   # cpu, cuda, cuda:1, mps, xpu; None: the best there is
@@ -29,7 +29,7 @@ from files import UserError, check
 check(config, "from 0 to 65535", lambda x: 0 <= x < 2 ** 16, "port")
 
 import model as model_py
-from checkpoint import load_model, load_pretrained
+from checkpoint import load_to_sample
 from device import choose_device
 from explain import explain, read, square, tokens, write
 from fast import for_inference
@@ -42,9 +42,7 @@ SAFE = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("
     "frame-ancestors 'none'"))]  # the page loads nothing from elsewhere, and no other page may show it in a frame
 
 device = choose_device(device)
-model, tok = load_model(out_dir)[:2] if init_from == "resume" else load_pretrained(init_from)
-if tok is None:
-    raise UserError(f"{init_from} does not have GPT-2's tokenizer, the only one that this program knows")
+model, tok = load_to_sample(init_from, out_dir)
 for_inference(model.to(device), "float32")
 vocab_size, block_size = model.config.vocab_size, model.config.block_size
 tasks, writing = queue.SimpleQueue(), threading.Lock()  # what there is to compute; one text is written at a time
@@ -55,7 +53,7 @@ tasks, writing = queue.SimpleQueue(), threading.Lock()  # what there is to compu
 def describe():
     """The model, a prompt to begin with, and the lines of model.py that the page speaks of."""
     parts = {"attention": model_py.attention, "sample": model_py.sample, "stream": model_py.GPT.stream,
-             "forward": model_py.GPT.forward, "KVCache": model_py.KVCache, "Block": model_py.Block}
+             "KVCache": model_py.KVCache, "Block": model_py.Block}
     lines = {name: inspect.getsourcelines(part) for name, part in parts.items()}
     start = [tok.eot] if tok.eot is not None else tok.encode("\n" if "\n" in tok.chars else tok.chars[0])
     return vars(model.config) | {

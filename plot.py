@@ -166,11 +166,9 @@ def plot_attention():
     """The attention weights for `start`, of every layer and head or of one."""
     import torch
 
-    from checkpoint import load_model, load_pretrained
+    from checkpoint import load_to_sample
     from device import check_memory
-    model, tok = load_model(out_dir)[:2] if init_from == "resume" else load_pretrained(init_from)
-    if tok is None:
-        raise UserError(f"{init_from} has no tokenizer, or one other than GPT-2's")
+    model, tok = load_to_sample(init_from, out_dir)
     try:
         ids = tok.encode(unescape(start))
     except UserError as e:
@@ -235,6 +233,7 @@ def plot_gradients():
         ax.set_title(when)
         ax.set_xlabel("depth of the block (0: first, 1: last)")
         ax.grid(alpha=0.3)
+    axes[0].yaxis.set_major_formatter("{x:.0e}")  # matplotlib's own labels are formulas, which are not parsed here
     axes[0].set_ylabel("norm of the gradient of a block's parameters")
     axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return fig

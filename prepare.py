@@ -332,7 +332,7 @@ def start_over(why):
 
 def split(train, val, dtype):
     """The numbers of tokens that were encoded as training and as validation text -> how many tokens the splits have.
-    Without validation text, cuts the end off tokens.bin. Then renames it to train.bin."""
+    Without validation text, moves the end of tokens.bin to val.bin. In both cases, tokens.bin becomes train.bin."""
     tokens = train + val
     train = train if val_input else int(tokens * (1 - val_fraction))
     if train < 2 or tokens - train < 2:

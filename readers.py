@@ -99,13 +99,8 @@ def read_text(path, notes):
                                 "convert it first, for example with iconv") from None
             yield without_mark(text, notes) if start == 0 else text, position()
             if not chunk:
-                notes["line ends"] += bool({"\r", "\r\n"} & set(flat(newlines.newlines)))
+                notes["line ends"] += newlines.newlines not in (None, "\n")
                 return
-
-
-def flat(newlines):
-    """What IncrementalNewlineDecoder has seen: None, a string or a tuple of strings -> a tuple."""
-    return newlines if isinstance(newlines, tuple) else (newlines,)
 
 
 def without_mark(text, notes):
@@ -146,10 +141,11 @@ def read_json_file(path):
     head = list(itertools.islice(lines, 2))
     try:
         parsed(head[0][1])
-        yield from itertools.chain(head, lines)
-        return
     except (IndexError, ValueError, RecursionError):
         pass
+    else:
+        yield from itertools.chain(head, lines)
+        return
     with opened(path) as (f, position):
         record = f.read(RECORD + 1)
         if len(record) > RECORD:

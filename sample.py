@@ -9,7 +9,7 @@ Several samples are generated together. The first is printed while it is written
 """
 import os
 
-init_from = "resume"               # resume: the run in out_dir; else gpt2, ..., gpt2-xl, a Hugging Face name or folder
+init_from = "resume"               # resume: the run in out_dir; else gpt2, ..., gpt2-xl, a Hugging Face name, a folder
 out_dir = "out"                    # the run to take the model from
 start: str | None = None           # the prompt, in which \n is a newline, or FILE:path; None: \n; "": <|endoftext|>
 num_samples = 1                    # texts to write
@@ -23,7 +23,7 @@ interactive = False                # read prompts from the keyboard; Ctrl-C stop
 seed = 1337                        # the same seed gives the same text
 device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
 dtype: str | None = None           # of the weights: float32, bfloat16, float16, int8; None: 16 bits on CUDA, else 32
-compile = False                    # compile the step for one token: faster, but it takes a while first (on a CPU, once)
+compile = False                    # faster after 10 to 30 seconds of compiling; a CPU keeps the result for later runs
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 
@@ -43,7 +43,7 @@ check(config, "float32, bfloat16, float16 or int8", lambda x: x in ("float32", "
 
 import torch
 
-from checkpoint import load_model, load_pretrained
+from checkpoint import load_to_sample
 from device import check_generation_memory, choose_device, choose_dtype
 from fast import for_inference
 
@@ -145,10 +145,7 @@ def converse():
 
 
 device = choose_device(device)
-model, tok = load_model(out_dir)[:2] if init_from == "resume" else load_pretrained(init_from)
-if tok is None:
-    raise UserError(f"{init_from} does not have GPT-2's tokenizer, the only one that this program knows; sample a "
-                    "character model from its run's folder, with --out_dir")
+model, tok = load_to_sample(init_from, out_dir)
 stop = stop and unescape(stop)
 prompt = None if interactive and start is None else read_prompt(start)  # before the model is prepared, to fail at once
 for_inference(model.to(device), choose_dtype(device, dtype, training=False), compile)

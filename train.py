@@ -96,12 +96,12 @@ from checkpoint import Log, check_probe, format_seconds, get_state, has_same_tex
 from checkpoint import probe, progress, save_checkpoint, set_state
 from defaults import choose_settings
 from device import can_compile, check_training_memory, choose_device, choose_dtype, peak_flops, peak_memory, to_device
-from distributed import all_reduce_sum, print_once
+from distributed import all_reduce, print_once
 from fast import for_training
 from model import GPT, GPTConfig
 from optimizer import make_optimizers, schedule
 
-# --- resume or start: a resumed run keeps its settings, its first init_from too, except those that this call names ---
+# --- resume or start: a resumed run keeps its settings, except those that this command names ---
 
 out = Path(out_dir)
 checkpoint = pretrained = tokenizer = None
@@ -166,9 +166,9 @@ def window_starts(epoch):
 
 def get_batch(step):
     """The inputs and targets (micro_steps * micro_batch, T) of this process in a step. They follow from the seed and
-    the sequences read before, so a resumed run sees the batches of one that never stopped, and so do more processes."""
+    the sequences read before. A resumed run sees those of an uninterrupted one, and several processes those of one."""
     mine = sequences // world_size
-    first = extra // block_size + step * sequences + distributed.rank * mine
+    first = extra // block_size + step * sequences + distributed.rank * mine  # extra: see progress in checkpoint.py
     starts = np.array([window_starts(i // windows)[i % windows] for i in range(first, first + mine)])
     ids = to_device(train_data[starts[:, None] + np.arange(block_size + 1)], device)
     return ids[:, :-1], ids[:, 1:]  # the target at each position is the next token
@@ -192,7 +192,7 @@ compile = can_compile(device, compile)
 model = torch.compile(raw_model) if compile else raw_model  # for training steps; both have the same weights
 if distributed.is_distributed and strategy == "ddp":
     model = distributed.replicate(model, device)
-iter_num, best_val_loss, bad_evals, seconds, extra, eval_seconds = 0, None, 0, 0.0, 0, 0.0  # a resume restores five
+iter_num, best_val_loss, bad_evals, seconds, extra, eval_seconds = 0, None, 0, 0.0, 0, 0.0  # resuming restores five
 text = {k: meta.get(k) for k in ("sha256", "val_tokens", "val_bytes")} | {"dataset": dataset, "evaluated": eval_tokens}
 if checkpoint:
     set_state(raw_model, [o for o, _ in optimizers], checkpoint, source)
@@ -209,7 +209,7 @@ def save(path, with_optimizers=True):
     model_state, optimizer_state = get_state(raw_model, [o for o, _ in optimizers] if with_optimizers else [])
     distributed.run_on_main_process(save_checkpoint, path, {
         "model": model_state, "optimizer": optimizer_state if with_optimizers else None,
-        "model_config": (shape := asdict(raw_model.config)), "tokenizer": meta["tokenizer"],
+        "model_config": asdict(raw_model.config), "tokenizer": meta["tokenizer"],
         "config": {k: v for k, v in config.items() if k not in shape}, "text": text, "wandb_id": log.wandb_id,
         "iter_num": iter_num, "best_val_loss": best_val_loss, "bad_evals": bad_evals, "seconds": seconds,
         "tokens": extra + iter_num * sequences * block_size, "scaler": scaler.state_dict(), "probe": probe(raw_model)})
@@ -225,7 +225,7 @@ def evaluate(data, evenly=False):
     n = max(1, min(eval_tokens, len(val_data) - 1) // T)
     starts = np.linspace(0, len(data) - T - 1, n).astype(np.int64) if evenly else np.arange(n) * T
     mine = starts[distributed.rank::world_size]
-    # Windows at once: up to 8192 tokens and 2^26 logits, which are the largest tensor, but no fewer than in training.
+    # Reads as many windows at once as make 8192 tokens or 2^26 logits (the largest tensor), at least a micro-step's.
     at_once = max(micro_batch, min(8192, 2 ** 26 // meta["vocab_size"]) // T)
     raw_model.eval()
     total = 0.0
@@ -236,7 +236,7 @@ def evaluate(data, evenly=False):
         with autocast:
             total += raw_model(ids[:, :-1], ids[:, 1:])[1].item() * len(now)
     raw_model.train()
-    return all_reduce_sum(total) / n
+    return all_reduce(total, "SUM") / n
 
 
 def evaluate_and_keep_best():
@@ -320,9 +320,9 @@ if __name__ == "__main__":
     if iter_num == 0:
         save(out / "latest.pt")  # so that a run can be resumed from its first moment on
         log.write(iter=0, tokens=0, seconds=0, **evaluate_and_keep_best())
-    machine_peak, source = peak_flops(device, dtype)
+    machine_peak, peak_source = peak_flops(device, dtype)
     if machine_peak:
-        print_once(f"peak of matrix multiplications in {dtype}: {machine_peak / 1e12:.2f} TFLOP/s ({source})")
+        print_once(f"peak of matrix multiplications in {dtype}: {machine_peak / 1e12:.2f} TFLOP/s ({peak_source})")
     distributed.catch_stop_signals()
     loss, stop = None, 0
     batch, mark, logged_at, logged_seconds = get_batch(iter_num), time.perf_counter(), iter_num, seconds
@@ -336,11 +336,11 @@ if __name__ == "__main__":
         loss = forward_backward(*batch)
         grad_norm = update_weights()
         iter_num += 1
-        batch = get_batch(iter_num)  # copied to the device while that is still computing
+        batch = get_batch(iter_num)  # copied while the device still computes this step
         last = iter_num == max_iters
         evaluating = iter_num % eval_interval == 0 or last
         if iter_num % log_interval == 0 or evaluating:
-            mean_loss = all_reduce_sum(loss.item()) / world_size  # .item() waits for the device
+            mean_loss = all_reduce(loss.item(), "SUM") / world_size  # .item() waits for the device
             now = time.perf_counter()
             seconds, mark = seconds + now - mark, now
             speed = (iter_num - logged_at) * tokens_per_step / (seconds - logged_seconds)
@@ -359,7 +359,7 @@ if __name__ == "__main__":
 
         stop = distributed.stop_signal()
         if iter_num % checkpoint_interval == 0 or last or stop or out_of_patience():
-            check_finite(all_reduce_sum(loss.item()))
+            check_finite(all_reduce(loss.item(), "SUM"))
             seconds += time.perf_counter() - mark
             save(out / "latest.pt")
             mark = time.perf_counter()

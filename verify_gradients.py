@@ -4,8 +4,8 @@
     python verify_gradients.py --json=gradients.json    # also the figures, for plot.py --what=gradients
 
 The same parts can be put together in three ways: Pre-LN with residuals, as model.py does it, Post-LN, and without
-residuals. This script compares the three at several depths, at the start and after a short training. Only Pre-LN must
-pass. The other two show what it is good for.
+residuals. This script compares the three at several depths, at the start and after a short training. Only Pre-LN has
+to pass. The other two show what goes wrong without it.
 """
 import os
 
@@ -149,16 +149,16 @@ def check_flow():
             good &= block is not Block or (ratio < 10 and alive)
             train(model)
             look(name, n_layer, "trained", model, records)
-    shares = TEXT.bincount()[TEXT.bincount() > 0] / len(TEXT)
-    print("\n   Pre-LN: the gradient of the stream reaches the first block about as strong as it left the last, at\n"
-          "   any depth. After training the first block has the largest gradient, but all blocks learn.\n"
+    unigram_loss = torch.special.entr(TEXT.bincount() / len(TEXT)).sum()
+    print("\n   Pre-LN: at the start, the gradient of the stream is about equally strong in all blocks, at any depth.\n"
+          "   After training the first block has the largest gradient, but all blocks learn.\n"
           "   Post-LN: each block normalises the stream itself, and so rescales every gradient that passes back\n"
           "   through it. At the start the first block has by far the largest gradient. With depth and training,\n"
           "   less and less of the gradient reaches it.\n"
           "   No residuals: at the start the norms keep the gradients up. But no path leads around a layer, and in\n"
           "   training the gradients vanish on their way to the first block.\n"
           "   The last two learn hardly more than how often each byte occurs, which gives a loss of "
-          f"{-(shares * shares.log()).sum():.2f}.")
+          f"{unigram_loss:.2f}.")
     return records, good
 
 

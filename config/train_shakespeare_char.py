@@ -1,5 +1,5 @@
-# Tiny Shakespeare, character by character: the first model to train. With a GPU it is nanoGPT's size, 10.7M parameters;
-# without one it has 0.4M, since a small model sees more text in the same time.
+# Tiny Shakespeare, character by character: the first model to train. With an NVIDIA GPU it is nanoGPT's size, 10.7M
+# parameters. Otherwise it has 0.4M, since a small model sees more text in the same time.
 import torch
 
 dataset = "shakespeare_char"

@@ -656,7 +656,9 @@ def test_a_config_json_does_not_take_the_memory(trained, field, value):
     ("a.jsonl.gz", b'{"text": "' + b"a" * (1 << 26), "has more than 32 MB"),
     ("a.json.gz", b'["' + b"a" * (1 << 26), "has more than 32 MB"), ("a.json", b"[" * 10 ** 6, "nested too deeply"),
     ("a.jsonl.gz", b"[" + b"{}," * 2_000_000 + b"0]", "more than 2,000,000 brackets"),
-    ("a.json.gz", b"[[" + b"{}," * 4_000_000 + b"0]]", "2,000,000 brackets")], ids=range(5))
+    ("a.json.gz", b"[[" + b"{}," * 4_000_000 + b"0]]", "2,000,000 brackets"),
+    ("a.json.gz", b'{"text": "one"}\n' * 2 + b'{"text": "' + b"a" * (1 << 26), "a.json.gz:3: this line has more than"),
+    ], ids=range(6))
 def test_a_record_does_not_take_the_memory(project, name, content, words):
     (project.folder / name).write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
     assert words in project.fails("prepare.py", "--dataset=mine", f"--input={name}")
