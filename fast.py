@@ -10,7 +10,7 @@ Both change the model in place and return it: a layer gets a subclass that compu
                                              (but a CPU in bfloat16 trains faster with the plain code)      1.1x
     nn.Dropout on a CPU    FastDropout       16 random bits decide as well as a float, and cost less        1.5x
     nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.3x
-                           PackedLinear      its weight is stored in the order in which oneDNN reads it     1.4x
+                           PackedLinear      a large weight is stored in the order in which oneDNN reads it 1.4x
     nn.Linear              Int8Linear        a weight takes one byte instead of four                        5.1x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              unmeasured
     GPT, compiled          LossOnly          a training step need not store logits that nobody reads        1.04x
@@ -187,7 +187,10 @@ class FastLinear(nn.Linear):
 
 class PackedLinear(FastLinear):
     """A linear layer whose float32 weight is stored in blocks, in the order in which oneDNN reads it for few rows. Only
-    oneDNN can read this layout, so the state dict and copies of the layer hold the ordinary one."""
+    oneDNN can read this layout, so the state dict and copies of the layer hold the ordinary one. A small weight is not
+    worth it: PyTorch's own layer has multiplied one row before a call of oneDNN gets to work."""
+
+    smallest = 2 ** 18  # weights in the smallest layer that is packed
 
     def prepare(self):
         """Reorders the weight."""
@@ -563,7 +566,8 @@ def replace(model, plain, fast):
     """Replaces the layers of exactly the class `plain`, if they compute the same as their replacements. It compares
     every attention, because a changed model.py may have different ones. Of PyTorch's own layers, one is enough. Dropout
     is random, so only the tests compare it."""
-    layers = [module for module in model.modules() if type(module) is plain]
+    layers = [module for module in model.modules() if type(module) is plain
+              and (fast is not PackedLinear or module.weight.numel() >= PackedLinear.smallest)]
     compared = [] if fast is FastDropout else layers if plain is CausalSelfAttention else layers[:1]
     if not all(computes_the_same(layer, fast, model.config.block_size) for layer in compared):
         return stay_plain(plain, fast)
@@ -707,6 +711,9 @@ def measure():
         compare("FastLinear: 64 rows in float32", lambda: linear(rows), lambda: fast(rows))
         compare("PackedLinear: 1 row in float32", lambda: linear(row), lambda: packed(row))
         compare("PackedLinear: 64 rows in float32", lambda: linear(rows), lambda: packed(rows))
+        small = nn.Linear(128, 512)  # a layer of config/train_shakespeare_char.py
+        packed_small, row = twin(small, PackedLinear), torch.randn(1, 128)
+        compare("PackedLinear: 1 row and a weight too small for it", lambda: small(row), lambda: packed_small(row))
     model, token = GPT(config).eval(), torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
         eager = for_inference(copy.deepcopy(model))

@@ -58,6 +58,12 @@ def libraries(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def pack_all(monkeypatch):
+    """Packs the weights of the tests' models, which are too small for it."""
+    monkeypatch.setattr(PackedLinear, "smallest", 1)
+
+
 def exported_step(model, cache):
     """Instead of fast.library_step: runs the exported graph of the step."""
     graph = fast.export_step(model, cache).module()
@@ -570,6 +576,14 @@ def test_a_prepared_model_in_float32_writes_what_the_plain_one_does():
     for_inference(model)
     assert torch.equal(model.generate(idx, 40, temperature=0), text)
     assert torch.equal(model.generate(idx, 40, top_k=10, generator=torch.Generator().manual_seed(0)), drawn)
+
+
+def test_only_large_weights_are_packed(monkeypatch):
+    monkeypatch.setattr(PackedLinear, "smallest", 4 * 48 * 48)
+    model = for_inference(random_model(0, n_embd=48))
+    for block in model.h:
+        assert [type(x) for x in (block.mlp.c_fc, block.mlp.c_proj)] == [PackedLinear] * 2
+        assert [type(x) for x in (block.attn.c_attn, block.attn.c_proj)] == [nn.Linear] * 2
 
 
 def test_preparing_twice():
