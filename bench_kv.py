@@ -19,7 +19,7 @@ dtype: str | None = None       # only float32, bfloat16 or int8
 compile: bool | None = None    # only compiled, or only eager; None: both, if a C++ compiler is there
 prompt: int | None = None      # only this length of the prompt
 batch: int | None = None       # only this batch size
-new_tokens = 100               # tokens to generate
+new_tokens: int | None = None  # tokens to generate; None: 100, but at most half the context
 repeats = 3                    # of each measurement, except for the slow ones
 peers = False                  # also Hugging Face's generate with its cache, in float32, and llama.cpp on a CPU
 json: str | None = None        # a file for the figures: a list of records, one a measurement
@@ -36,7 +36,7 @@ if model not in (None, "char", "gpt2"):
     raise UserError(f"model must be char or gpt2, got {model!r}")
 if dtype not in (None, "float32", "bfloat16", "int8"):
     raise UserError(f"dtype must be float32, bfloat16 or int8, got {dtype!r}")
-if new_tokens < 4 or repeats < 1:
+if (new_tokens is not None and new_tokens < 4) or repeats < 1:
     raise UserError(f"new_tokens must be at least 4 and repeats at least 1, got {new_tokens} and {repeats}")
 if (prompt is not None and prompt < 1) or (batch is not None and batch < 1):
     raise UserError(f"prompt and batch must be at least 1, got {prompt} and {batch}")
@@ -205,11 +205,12 @@ def can_compile():
 
 def variants(config):
     """Yields (dtype, compiled, use_cache, batch, prompt) for what the settings ask for."""
-    long = 512 if config.block_size >= 1024 else 128
-    plan = [("float32", False, use_cache, 1, length) for length in (64, long) for use_cache in (True, False)]
-    plan += [("float32", False, True, 8, 64)] + [(kind, False, True, 1, 64) for kind in ("bfloat16", "int8")]
+    lengths = [n for n in (64, 512 if config.block_size >= 1024 else 128) if n + new_tokens <= config.block_size]
+    short = lengths[0] if lengths else max(1, config.block_size - new_tokens)
+    plan = [("float32", False, use_cache, 1, length) for length in lengths or [short] for use_cache in (True, False)]
+    plan += [("float32", False, True, 8, short)] + [(kind, False, True, 1, short) for kind in ("bfloat16", "int8")]
     if can_compile():
-        plan += [(kind, True, True, 1, 64) for kind in ("float32", "bfloat16", "int8")]
+        plan += [(kind, True, True, 1, short) for kind in ("float32", "bfloat16", "int8")]
     plan = [(d, c, u, batch or b, prompt or p) for d, c, u, b, p in plan]  # what the settings name, if anything
     for variant in dict.fromkeys(plan):
         if dtype in (None, variant[0]) and compile in (None, variant[1]):
@@ -336,6 +337,8 @@ if init_from or out_dir:
     gpts = {init_from or out_dir: load_pretrained(init_from)[0] if init_from else load_model(out_dir)[0]}
 else:
     gpts = {name: GPT(config) for name, config in MODELS.items() if model in (None, name)}
+if new_tokens is None:
+    new_tokens = min(100, *(max(4, gpt.config.block_size // 2) for gpt in gpts.values()))
 numbers, records, good = torch.ones(100_000_000, device=device), [], True
 for name, gpt in gpts.items():
     found, passed = bench(name, gpt.to(device).eval())

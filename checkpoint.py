@@ -867,18 +867,22 @@ def model_card(checkpoint, folder):
     settings = (checkpoint.get("config") or {}) | shape
     machine = ("out_dir", "device", "wandb", "wandb_project", "wandb_name", "tensorboard", "vocab_size")
     words = [f"--{k}={v}" for k, v in settings.items() if k not in machine and v not in (None, "", "scratch", "resume")]
-    name = Path(folder).resolve().name
+    name, kind = Path(folder).resolve().name, checkpoint["tokenizer"].get("kind")
+    known = checkpoint["tokenizer"].get("chars", "The")  # the example must not have other characters
+    prompt = "".join(c for c in "The" if c in known) or known[0]
+    new_tokens = max(1, min(50, shape["block_size"] - len(prompt)))  # transformers cannot go on past the context
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {name}", "",
-             f"A GPT with GPT-2's architecture: {shape['n_layer']} layers, {shape['n_head']} heads, width "
-             f"{shape['n_embd']}, a context of {shape['block_size']} tokens and a vocabulary of {shape['vocab_size']} "
-             f"{'byte pairs' if checkpoint['tokenizer'].get('kind') == 'gpt2' else 'characters'}.", "",
+             "A GPT with GPT-2's architecture.", "",
+             f"- Sizes: n_layer {shape['n_layer']}, n_head {shape['n_head']}, n_embd {shape['n_embd']}; a context of "
+             f"{shape['block_size']} tokens; a vocabulary of {shape['vocab_size']} "
+             f"{'byte pairs' if kind == 'gpt2' else 'characters'}",
              f"- Dataset: {text.get('dataset', 'unknown')} (sha256 of the text: {text.get('sha256', 'unknown')})",
              f"- Training: {checkpoint.get('iter_num', 'unknown')} steps, {checkpoint.get('tokens', 'unknown')} tokens",
              f"- Validation loss: {'unknown' if loss is None else f'{loss:.4f} nats per token'}", "",
              "Trained with", "", f"    python train.py {shlex.join(words)}", "", "To write text with it:", "",
              "    from transformers import pipeline",
              f'    generate = pipeline("text-generation", model="{name}")',
-             '    print(generate("The", max_new_tokens=50)[0]["generated_text"])', ""]
+             f'    print(generate({prompt!r}, max_new_tokens={new_tokens})[0]["generated_text"])', ""]
     return "\n".join(lines)
 
 

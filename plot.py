@@ -240,11 +240,13 @@ def plot_gradients():
 
 
 def plot_kv():
-    """Decoding speed of every variant in the file, for each model, from a prompt of 64 at batch 1."""
-    records = [r for r in data if r["batch"] == 1 and r["prompt"] == 64]
+    """Decoding speed of every variant in the file, for each model, at batch 1 after its shortest prompt."""
+    records = [r for r in data if r["batch"] == 1]
     names = list(dict.fromkeys(r["model"] for r in records))
     if not names:
-        raise UserError(f"{json} has no measurement at batch 1 from a prompt of 64")
+        raise UserError(f"{json} has no measurement at batch 1")
+    shortest = {name: min(r["prompt"] for r in records if r["model"] == name) for name in names}
+    records = [r for r in records if r["prompt"] == shortest[r["model"]]]
     fig, axes = plt.subplots(len(names), 1, figsize=(8, 0.5 + 0.45 * len(records)), squeeze=False, layout="constrained")
     for ax, name in zip(axes[:, 0], names, strict=True):
         own = sorted((r for r in records if r["model"] == name), key=lambda r: r["tokens_per_second"])
@@ -253,7 +255,7 @@ def plot_kv():
         colors = ["C1" if r["peer"] else "C0" if r["use_cache"] else "grey" for r in own]
         ax.bar_label(ax.barh(labels, [r["tokens_per_second"] for r in own], color=colors), fmt=" %.0f")
         ax.set_title(name)
-        ax.set_xlabel("tokens per second (batch 1, after a prompt of 64)")
+        ax.set_xlabel(f"tokens per second (batch 1, after a prompt of {shortest[name]})")
         ax.margins(x=0.1)
     return fig
 

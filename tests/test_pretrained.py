@@ -2,13 +2,14 @@
 import json
 import shlex
 import zipfile
+from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
-from checkpoint import load_model, load_pretrained, save_pretrained
+from checkpoint import load_model, load_pretrained, model_card, save_pretrained
 from files import UserError
 from model import GPT, GPTConfig
 from test_train import same_run
@@ -196,10 +197,17 @@ def test_a_character_model_is_exported_with_its_tokenizer(trained):
     with pytest.raises(Exception, match="UNK"):
         tokenizer.encode("é")
     card = (folder / "README.md").read_text()
-    assert "2 layers, 2 heads, width 32" in card and "Dataset: tiny" in card and "Validation loss: " in card
+    assert "n_layer 2, n_head 2, n_embd 32" in card and "Dataset: tiny" in card and "Validation loss: " in card
     command = next(line for line in card.splitlines() if "train.py" in line)
     trained.run("train.py", *shlex.split(command)[2:], "--out_dir=from-card")
     assert same_run(trained.folder / "long", trained.folder / "from-card")
+
+
+def test_the_example_in_a_model_card_runs_for_any_characters_and_context(tmp_path):
+    text = {"tokenizer": {"kind": "char", "chars": "hé天"}, "model_config": asdict(GPTConfig(8, 3, 1, 1, 4))}
+    assert "generate('h', max_new_tokens=7)" in model_card(text, tmp_path)
+    text["tokenizer"]["chars"] = "é天"
+    assert "generate('é', max_new_tokens=7)" in model_card(text, tmp_path)
 
 
 def test_trained_exported_and_finetuned(trained):
