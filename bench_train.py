@@ -10,7 +10,7 @@ batches and optimizers are timed, and its run in out/ stays untouched. For its s
 import os
 import sys
 
-steps = 30                # steps to time, after 3 to warm up; medians are shown
+steps = 30                # steps to time, after 3 to warm up; the median is shown
 profile = False           # also print the time of each of PyTorch's operators, the largest first
 json: str | None = None   # a file for the figures
 
@@ -40,7 +40,6 @@ sys.argv[1:] = arguments
 import train  # up to its loop: settings, data, model and optimizers
 
 import json as json_format
-import statistics
 import time
 
 import torch
@@ -155,8 +154,8 @@ for i in range(3):
     timed_step(i)
 memory, formula = measured_memory(), memory_by_formula()
 measured = [timed_step(i) for i in range(3, 3 + steps)]
-parts = {part: statistics.median(m[part] for m in measured) for part in measured[0]}
-step_seconds = statistics.median(sum(m.values()) for m in measured)
+parts = sorted(measured, key=lambda m: sum(m.values()))[len(measured) // 2]  # of the median step
+step_seconds = sum(parts.values())
 peak_bytes = peak_memory(train.device)  # before matmul_flops, whose matrices are no part of training
 peaks = {dtype: matmul_flops(train.device, dtype) for dtype in dict.fromkeys(("float32", train.dtype))}
 tokens = train.sequences * train.block_size // world_size

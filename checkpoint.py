@@ -63,7 +63,8 @@ def save_checkpoint(path, checkpoint):
     except (OSError, RuntimeError) as e:  # torch.save raises either when the disk is full
         if temporary.is_file():
             temporary.unlink()
-        raise UserError(f"{path} cannot be written: {first_line(e)}") from e
+        reason = "the disk is probably full" if isinstance(e, RuntimeError) else first_line(e)
+        raise UserError(f"{path} cannot be written: {reason}") from e
 
 
 def check_finite(value, name, advice=""):
@@ -338,6 +339,13 @@ def check_averages(model, averages, path):
                 not isinstance(t, torch.Tensor) or t.shape != shape_of_average(k, own[name])
                 for k, t in kept.items()):
             raise UserError(f"{path} does not fit: its optimizer's averages of {name} are damaged")
+
+
+def instead_of_resuming(folder):
+    """What to do with a folder that has no latest.pt."""
+    if find_checkpoint(folder):
+        return f"start from its weights: --init_from={quoted(folder)}"
+    return "name the folder of a run with --out_dir, or leave out --init_from to start one"
 
 
 def find_checkpoint(path):

@@ -138,9 +138,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def is_welcome(self, *paths):
         """Whether the request comes from the page on this server and has one of these paths. If not, it is refused."""
-        from_here = self.headers.get_all("Host") == [SITE[7:]] and self.headers.get("Origin", SITE) == SITE
+        host = ", ".join(self.headers.get_all("Host", []))
+        from_here = host in HOSTS and self.headers.get("Origin", f"http://{host}") == f"http://{host}"
         if not from_here:
-            self.send(403, {"error": f"only the page at {SITE} may ask"})
+            self.send(403, {"error": f"only the page at http://{HOSTS[0]} may ask"})
         elif self.path not in paths:
             self.send(404, {"error": f"there is nothing at {self.path[:80]}"})
         return from_here and self.path in paths
@@ -185,8 +186,8 @@ try:
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
 except OSError as e:
     raise UserError(f"port {port} cannot be used ({e.strerror}); choose another --port") from None
-SITE = f"http://127.0.0.1:{server.server_port}".removesuffix(":80")  # as browsers write it
-print(f"{describe()['name']}: open {SITE} (Ctrl-C ends)", flush=True)
+HOSTS = [f"{name}:{server.server_port}".removesuffix(":80") for name in ("127.0.0.1", "localhost")]  # as browsers write
+print(f"{describe()['name']}: open http://{HOSTS[0]} (Ctrl-C ends)", flush=True)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 while True:
     future, function, args = tasks.get()

@@ -169,8 +169,11 @@ def plot_attention():
     from checkpoint import load_to_sample
     from device import check_memory
     model, tok = load_to_sample(init_from, out_dir)
+    text = unescape(start)
+    if "start" not in overrides and tok.eot is None:  # characters: what the model knows of the text that nobody chose
+        text = "".join(c for c in text if c in tok.chars)[:model.config.block_size] or tok.chars[0]
     try:
-        ids = tok.encode(unescape(start))
+        ids = tok.encode(text)
     except UserError as e:
         raise UserError(f"--start: {e}") from None
     if not 0 < len(ids) <= model.config.block_size:

@@ -457,7 +457,7 @@ def prepare_text():
     files, source = find_files()
     val_files = expand("val_input", val_input) if val_input else []
     if not any(size_of(p) for p in files):
-        raise UserError(f"{source} is empty")
+        raise UserError(f"{source} {'is empty' if len(files) == 1 else 'has no text'}")
 
     def files_now():
         paths = [p for p in files + val_files if p != OPENWEBTEXT]

@@ -91,7 +91,7 @@ def read_text(path, notes):
             if b"\0" in chunk:
                 where = offset - len(chunk) + chunk.find(0)
                 raise UserError(f"{path} is not text: it has a NUL byte at offset {where}; "
-                                "text in UTF-16 must be converted to UTF-8 first, for example with iconv")
+                                "decompress it, or convert it from UTF-16 to UTF-8, for example with iconv")
             try:
                 text = newlines.decode(decoder.decode(chunk, final=not chunk), final=not chunk)
             except UnicodeDecodeError as e:

@@ -28,13 +28,15 @@ compile = False                    # faster after 10 to 30 seconds of compiling;
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 
 import contextlib
+import itertools
 import math
 import sys
 
 from files import UserError, check, read_small, unescape
 
 check(config, "at least 1", lambda x: x >= 1, "num_samples", "top_k")
-check(config, "at least 0", lambda x: 0 <= x < math.inf, "max_new_tokens", "temperature")
+check(config, "at least 0", lambda x: x >= 0, "max_new_tokens")
+check(config, "at least 0, and finite", lambda x: 0 <= x < math.inf, "temperature")
 check(config, "in (0, 1]", lambda x: 0 < x <= 1, "top_p")
 check(config, "from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6, "repetition_penalty")  # else logits could be infinite
 check(config, "a text, not empty", bool, "stop")
@@ -108,9 +110,11 @@ def write_texts(prompt, ids):
     length = min(model.config.block_size, len(ids) + max_new_tokens)  # of the key-value cache
     check_generation_memory(device, model, num_samples, length, temperature, "lower --num_samples")
     texts = [Text(tok) for _ in range(num_samples)]
+    stream = model.stream(torch.tensor([ids], device=device), max_new_tokens, temperature, top_k, top_p,
+                          repetition_penalty, tok.eot, num_samples, generator=generator)
+    first_steps = list(itertools.islice(stream, 2))  # before printing, since the second compiles, and says so
     print(prompt, end="", flush=True)
-    for step in model.stream(torch.tensor([ids], device=device), max_new_tokens, temperature, top_k, top_p,
-                             repetition_penalty, tok.eot, num_samples, generator=generator):
+    for step in itertools.chain(first_steps, stream):
         for text, i in zip(texts, step.tolist(), strict=True):
             text.push(i)
         texts[0].show()

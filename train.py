@@ -93,7 +93,7 @@ import torch
 
 import distributed
 from checkpoint import Log, check_probe, format_seconds, get_state, has_same_text, load_pretrained, load_to_resume
-from checkpoint import probe, progress, save_checkpoint, set_state
+from checkpoint import instead_of_resuming, probe, progress, save_checkpoint, set_state
 from defaults import choose_settings
 from device import can_compile, check_training_memory, choose_device, choose_dtype, peak_flops, peak_memory, to_device
 from distributed import all_reduce, print_once
@@ -113,9 +113,9 @@ if init_from == "resume" and (out / "latest.pt").exists():
     config |= checked({k: v for k, v in checkpoint["config"].items() if k in config and k not in not_kept}, source)
     fixed = checkpoint["model_config"] | {"optimizer": checkpoint["config"].get("optimizer", optimizer)}
     tokenizer = checkpoint["tokenizer"]
-elif init_from == "resume" and any(out.glob("*.pt")):
-    raise UserError(f"{out_dir} has no latest.pt to resume from; start from its weights: --init_from={quoted(out_dir)}")
-elif init_from == "resume":
+elif init_from == "resume" and (any(out.glob("*.pt")) or not ("dataset" in overrides or distributed.is_distributed)):
+    raise UserError(f"{out_dir} has no latest.pt to resume from; {instead_of_resuming(out)}")
+elif init_from == "resume":  # the command describes a run, and is one that starts it or, after a stop, continues it
     print_once(f"no latest.pt in {out_dir}: starting from scratch")
 elif init_from != "scratch":
     source = init_from

@@ -38,7 +38,7 @@ def test_bench_kv_of_a_trained_model(tiny, trained):
                        "--new_tokens=8", "--repeats=1")
     assert "the same text" in printed and f"\n{out_dir}: " in printed
     # With no length named, those are taken that fit the model's context of 32.
-    tiny.run("bench_kv.py", f"--out_dir={out_dir}", "--dtype=float32", "--compile=False", "--repeats=1", "--json=a.json")
+    tiny.run("bench_kv.py", f"--out_dir={out_dir}", "--dtype=float32", "--compile=False", "--json=a.json")
     records = json.loads((tiny.folder / "a.json").read_text())
     assert {(r["prompt"], r["new_tokens"]) for r in records} == {(16, 16)}
     tiny.run("plot.py", "--what=kv", "--json=a.json", "--file=a.svg")

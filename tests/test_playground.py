@@ -163,6 +163,9 @@ def test_strangers_are_refused(server):
         for method, path in (("GET", "/"), ("GET", "/model"), ("POST", "/write")):
             status, body = ask(server, method, path, "{}" if method == "POST" else None, **headers)
             assert status == 403 and "may ask" in json.loads(body)["error"], headers
+    for name in ("127.0.0.1", "localhost"):  # both names of this computer are welcome
+        site = f"{name}:{server[0]}"
+        assert ask(server, "GET", "/model", Host=site, Origin=f"http://{site}")[0] == 200
 
 
 BAD = [None, 0, -1, 1.5, "x", [], {}, True, 10 ** 30, [-1], [10 ** 9], [True], ["a"], [[]], [None], "\ud800",

@@ -179,6 +179,9 @@ def test_resume_without_a_checkpoint_starts_from_scratch(trained):
     printed = trained.run("train.py", *TINY, "--max_iters=2", "--init_from=resume", "--out_dir=fresh")
     assert "no latest.pt in fresh: starting from scratch" in printed
     assert len(rows(trained.folder / "fresh")) == 1
+    error = trained.fails("train.py", "--init_from=resume", "--out_dir=frehs")  # which describes no run
+    assert "frehs has no latest.pt to resume from; name the folder of a run" in error
+    assert not (trained.folder / "frehs").exists()
 
 
 def test_early_stop_keeps_the_best(trained):

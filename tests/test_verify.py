@@ -307,6 +307,7 @@ def test_fast_py_measures_at_least_once(project):
 # --- pictures ---
 
 def test_pictures_of_a_run(trained, tmp_path):
+    trained.run("plot.py", f"--file={tmp_path}/default.svg")  # draws the characters of the default text that it knows
     trained.run("plot.py", "--start=The old fox", f"--file={tmp_path}/all.png")
     trained.run("plot.py", "--start=The old fox", "--layer=1", "--head=0", f"--file={tmp_path}/one.svg")
     svg = (tmp_path / "one.svg").read_text()
