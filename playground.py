@@ -35,8 +35,7 @@ from explain import explain, read, square, tokens, write
 from fast import for_inference
 
 PAGE = Path(__file__).resolve().with_name("playground.html").read_bytes()
-LARGEST = 1 << 17  # bytes of a request
-LONGEST = 20_000   # tokens of a text
+LARGEST, LONGEST = 1 << 17, 20_000  # bytes of a request, tokens of a text
 SAFE = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", (
     "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "frame-ancestors 'none'"))]  # the page loads nothing from elsewhere, and no other page may show it in a frame
@@ -87,9 +86,12 @@ def answer(path, request):
         return write(model, tok, ids, request["max_new_tokens"], request["seed"], sampling)
     if path == "/tokens":
         try:
-            return {"tokens": read(model, tok, tok.encode(request["text"])[-LONGEST:])}
+            ids = tok.encode(request["text"])
         except UserError as e:  # a character that the model does not know is no bad request
             return {"error": str(e)}
+        if len(ids) > LONGEST:
+            return {"error": f"the text has {len(ids):,} tokens; the page takes at most {LONGEST:,}"}
+        return {"tokens": read(model, tok, ids)}
     if path == "/square":
         return square(model, ids[-request["context"]:], layer, head)
     return explain(model, tok, ids, request["context"], request["token"], layer, head, sampling)
@@ -134,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
         except UserError as e:
             self.send(400, {"error": str(e)})
         except (ValueError, RecursionError):
-            self.send(400, {"error": f"a request is an object in JSON, at most {LARGEST} bytes long"})
+            self.send(400, {"error": f"the text is too long, or this is no object in JSON; at most {LARGEST:,} bytes"})
 
     def is_welcome(self, *paths):
         """Whether the request comes from the page on this server and has one of these paths. If not, it is refused."""

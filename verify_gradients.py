@@ -150,7 +150,8 @@ def check_flow():
             train(model)
             look(name, n_layer, "trained", model, records)
     unigram_loss = torch.special.entr(TEXT.bincount() / len(TEXT)).sum()
-    print("\n   Pre-LN: at the start, the gradient of the stream is about equally strong in all blocks, at any depth.\n"
+    print("\n   With the default settings, the table shows:\n"
+          "   Pre-LN: at the start, the gradient of the stream is about equally strong in all blocks, at any depth.\n"
           "   After training the first block has the largest gradient, but all blocks learn.\n"
           "   Post-LN: each block normalises the stream itself, and so rescales every gradient that passes back\n"
           "   through it. At the start the first block has by far the largest gradient. With depth and training,\n"
