@@ -386,8 +386,8 @@ def load_to_sample(init_from, out_dir):
         return load_model(out_dir)[:2]
     model, tok = load_pretrained(init_from)
     if tok is None:
-        raise UserError(f"{init_from} has no tokenizer that this program knows, which are GPT-2's and those of its own "
-                        "exports of character models")
+        raise UserError(f"{init_from} has neither GPT-2's tokenizer nor that of a character model that checkpoint.py "
+                        "exported")
     return model, tok
 
 

@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
         except UserError as e:
             self.send(400, {"error": str(e)})
         except (ValueError, RecursionError):
-            self.send(400, {"error": f"the text is too long, or this is no object in JSON; at most {LARGEST:,} bytes"})
+            self.send(400, {"error": f"expected a JSON object of at most {LARGEST:,} bytes; is the text too long?"})
 
     def is_welcome(self, *paths):
         """Whether the request comes from the page on this server and has one of these paths. If not, it is refused."""

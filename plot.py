@@ -152,7 +152,7 @@ def draw_head(ax, weights, tokens, labels):
 
 def fonts_for(text):
     """Fonts of this machine that together have the characters of a text: matplotlib's own first, then others."""
-    families, missing = [], set(map(ord, text + "x"))
+    families, missing = [], set(map(ord, text + "x"))  # x, because the labels need matplotlib's own in any case
     for font in sorted(font_manager.fontManager.ttflist, key=lambda f: f.name != "DejaVu Sans"):
         if missing and not font.name.startswith("Last Resort"):  # which has a box for every character
             with contextlib.suppress(RuntimeError):  # a font that matplotlib cannot draw
@@ -170,7 +170,7 @@ def plot_attention():
     from device import check_memory
     model, tok = load_to_sample(init_from, out_dir)
     text = unescape(start)
-    if "start" not in overrides and tok.eot is None:  # characters: what the model knows of the text that nobody chose
+    if "start" not in overrides and tok.eot is None:  # the default has characters that a model may not know
         text = "".join(c for c in text if c in tok.chars)[:model.config.block_size] or tok.chars[0]
     try:
         ids = tok.encode(text)

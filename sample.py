@@ -23,7 +23,7 @@ interactive = False                # read prompts from the keyboard; Ctrl-C stop
 seed = 1337                        # the same seed gives the same text
 device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
 dtype: str | None = None           # of the weights: float32, bfloat16, float16, int8; None: 16 bits on CUDA, else 32
-compile = False                    # faster after 10 to 30 seconds of compiling; a CPU keeps the result for later runs
+compile = False                    # compile the step for one token: takes 10 to 30 seconds, on a CPU only once
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
 
@@ -36,7 +36,7 @@ from files import UserError, check, read_small, unescape
 
 check(config, "at least 1", lambda x: x >= 1, "num_samples", "top_k")
 check(config, "at least 0", lambda x: x >= 0, "max_new_tokens")
-check(config, "at least 0, and finite", lambda x: 0 <= x < math.inf, "temperature")
+check(config, "at least 0 and finite", lambda x: 0 <= x < math.inf, "temperature")
 check(config, "in (0, 1]", lambda x: 0 < x <= 1, "top_p")
 check(config, "from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6, "repetition_penalty")  # else logits could be infinite
 check(config, "a text, not empty", bool, "stop")

@@ -115,7 +115,7 @@ if init_from == "resume" and (out / "latest.pt").exists():
     tokenizer = checkpoint["tokenizer"]
 elif init_from == "resume" and (any(out.glob("*.pt")) or not ("dataset" in overrides or distributed.is_distributed)):
     raise UserError(f"{out_dir} has no latest.pt to resume from; {instead_of_resuming(out)}")
-elif init_from == "resume":  # the command describes a run, and is one that starts it or, after a stop, continues it
+elif init_from == "resume":  # a command that describes a run starts it, and later continues it
     print_once(f"no latest.pt in {out_dir}: starting from scratch")
 elif init_from != "scratch":
     source = init_from
@@ -166,7 +166,7 @@ def window_starts(epoch):
 
 def get_batch(step):
     """The inputs and targets (micro_steps * micro_batch, T) of this process in a step. They follow from the seed and
-    the sequences read before. A resumed run sees those of an uninterrupted one, and several processes those of one."""
+    the sequences read before. They are the same after a resume, and in several processes together as in one."""
     mine = sequences // world_size
     first = extra // block_size + step * sequences + distributed.rank * mine  # extra: see progress in checkpoint.py
     starts = np.array([window_starts(i // windows)[i % windows] for i in range(first, first + mine)])
@@ -192,7 +192,7 @@ compile = can_compile(device, compile)
 model = torch.compile(raw_model) if compile else raw_model  # for training steps; both have the same weights
 if distributed.is_distributed and strategy == "ddp":
     model = distributed.replicate(model, device)
-iter_num, best_val_loss, bad_evals, seconds, extra, eval_seconds = 0, None, 0, 0.0, 0, 0.0  # resuming restores five
+iter_num, best_val_loss, bad_evals, seconds, extra, eval_seconds = 0, None, 0, 0.0, 0, 0.0  # resuming sets the first 5
 text = {k: meta.get(k) for k in ("sha256", "val_tokens", "val_bytes")} | {"dataset": dataset, "evaluated": eval_tokens}
 if checkpoint:
     set_state(raw_model, [o for o, _ in optimizers], checkpoint, source)
