@@ -21,8 +21,9 @@ Both change the model in place and return it: a layer gets a subclass that compu
 
 The gains above are from two cores of an AMD EPYC (Zen 4). That of LossOnly is from an NVIDIA H200: see docs/scaling.md.
 oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gain of PackedLinear is that of a
-single row. The compiled step (in float32) and Int8Linear (compiled) are compared with PackedLinear, not with nn.Linear.
-The gain of kept memory is that of a training step on byte pairs, with and without the call of keep_memory:
+single row. The compiled step (in float32) and Int8Linear (compiled) are compared with PackedLinear, not with nn.Linear,
+and were measured without `stored`. The gain of kept memory is that of a training step on byte pairs, with and without
+the call of keep_memory:
 
     python bench_train.py config/train_shakespeare_char.py --dataset=shakespeare
 
@@ -97,7 +98,7 @@ class CompiledAttention(CausalSelfAttention):
         if T > 1:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(positions, S, q.dtype))
         # For one query the compiler turns sums into loops that read each key and value once.
-        scores = (q.float() * k.float()).sum(-1) / math.sqrt(q.size(-1))                  # (B, nh, S)
+        scores = (stored(q.float()) * k.float()).sum(-1) / math.sqrt(q.size(-1))          # (B, nh, S)
         weights = F.softmax(scores + causal_mask(positions, S, torch.float32), dim=-1)   # (B, nh, S)
         return (weights[..., None] * v.float()).sum(-2, keepdim=True).to(q.dtype)         # (B, nh, 1, hs)
 
@@ -135,37 +136,52 @@ class LossOnly:
 INSTRUCTIONS = torch.backends.cpu.get_cpu_capability()  # the processor's vector instructions, such as AVX2 or AVX512
 
 
-def few_rows(x, weight, scale=None, bias=None, interleaved=False):
+def stored(x):
+    """x, computed once and stored. Otherwise, the compiler computes it anew wherever it is used, such as a layer norm
+    for each output of the linear layer after it."""
+    if x.device.type != "cpu":
+        return x
+    x = x.clone(memory_format=torch.contiguous_format)
+    return x.as_strided(x.shape, x.stride())  # strides need a tensor in memory
+
+
+def few_rows(x, weight, scale=None, bias=None):
     """The linear layer for a few rows x (..., in), as sums. Decoding multiplies one row per sequence: two operations
     for each weight that it reads. Kernels made for many rows stay far below the memory's bandwidth there. The compiler
-    turns these sums into one loop over the weight, in whatever dtype it is stored. interleaved: the weight is int8, and
-    its columns are in the order of `interleave`."""
-    rows = x.float().flatten(0, -2)
+    turns these sums into one loop over the weight, in whatever dtype it is stored."""
+    rows = stored(x.float().flatten(0, -2))
     # An addition takes a CPU several cycles, but it can start another one in each cycle. So four sums are under way at
     # once: those of the rows or, for a single row, those of four parts of the weight.
     together = max(1, 4 // len(rows)) if x.device.type == "cpu" else 1
-    weight = weight.view(torch.float32) if interleaved else weight
-    times = interleaved_times_row if interleaved else lambda part, row: (part.float() * row).sum(dim=-1)
     parts = weight.split(max(1, len(weight) // together))
-    y = torch.stack([torch.cat([times(part, row) for part in parts]) for row in rows])
+    if in_words(weight):
+        n = 4 // weight.itemsize  # weights in 32 bits
+        rows = stored(rows.unflatten(-1, (-1, n)).mT)  # (rows, n, in / n)
+        y = [torch.cat([words_times_row(part, row) for part in parts]) for row in rows]
+    else:
+        y = [torch.cat([(part.float() * row).sum(dim=-1) for part in parts]) for row in rows]
+    y = torch.stack(y)
     y = y if scale is None else y * scale
     y = y if bias is None else y + bias
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def interleave(x):
-    """(..., 4n) -> the same numbers, the last dimension in the order 0, n, 2n, 3n, 1, n + 1, 2n + 1, 3n + 1, ... Four
-    neighbours in a weight then belong to the four quarters of a layer's input."""
-    return x.unflatten(-1, (4, -1)).mT.flatten(-2)
+def in_words(weight):
+    """Whether few_rows reads this weight in words of 32 bits. With AVX2, the compiler's code takes a detour through
+    memory to load int8, and needs more instructions than necessary to load bfloat16. But it loads float32 well."""
+    return (weight.device.type == "cpu" and INSTRUCTIONS == "AVX2" and weight.dtype in (torch.int8, torch.bfloat16)
+            and weight.size(1) * weight.itemsize % 4 == 0)
 
 
-def interleaved_times_row(words, row):
-    """An interleaved weight whose bytes are seen as float32 (out, in / 4), and a row (in,) -> (out,). With AVX2, the
-    compiler loads integers by a detour through memory, but not floats. So it loads 32 bytes as 8 floats, and shifts
-    take the bytes out of them: eight at a time, each times its quarter of the row."""
-    numbers = words.view(torch.int32)
-    columns = row.split(words.size(-1))
-    return sum(((numbers << (24 - 8 * i)) >> 24).float() * column for i, column in enumerate(columns)).sum(dim=-1)
+def words_times_row(weight, columns):
+    """A weight (out, in) that is read in words of n numbers, times a row whose columns are sorted by their place in a
+    word, (n, in / n) -> (out,)."""
+    words = weight.view(torch.float32).view(torch.int32)
+    if weight.dtype == torch.int8:
+        numbers = [((words << (24 - 8 * i)) >> 24).float() for i in range(4)]
+    else:  # a bfloat16 is the upper half of a float32
+        numbers = [(words << 16).view(torch.float32), (words & -2 ** 16).view(torch.float32)]
+    return functools.reduce(torch.add, [n * column for n, column in zip(numbers, columns, strict=True)]).sum(dim=-1)
 
 
 class FastLinear(nn.Linear):
@@ -175,7 +191,7 @@ class FastLinear(nn.Linear):
         """x (..., in) -> (..., out)."""
         if torch.compiler.is_compiling():
             # With more rows than this, PyTorch's kernels are faster.
-            most = 8 if x.device.type == "cpu" and self.weight.dtype == torch.float32 else 1
+            most = 8 if x.device.type == "cpu" and self.weight.dtype == torch.float32 or in_words(self.weight) else 1
             few = x.numel() <= most * x.size(-1)
             return few_rows(x, self.weight, None, self.bias) if few else super().forward(x)
         if (x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
@@ -242,19 +258,16 @@ class Int8Linear(nn.Linear):
         weight = self.weight.detach().float()
         self.register_buffer("scale", weight.abs().amax(dim=1).clamp(min=1e-12) / 127)
         weight = (weight / self.scale[:, None]).round().to(torch.int8)
-        self.interleaved = weight.device.type == "cpu" and INSTRUCTIONS == "AVX2" and self.in_features % 4 == 0
-        self.weight = nn.Parameter(interleave(weight) if self.interleaved else weight, requires_grad=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
     def rounded(self):
         """The weight (out, in) in float32, as the layer computes with it."""
-        weight = self.weight.unflatten(-1, (-1, 4)).mT.flatten(-2) if self.interleaved else self.weight
-        return weight * self.scale[:, None]
+        return self.weight * self.scale[:, None]
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         if torch.compiler.is_compiling() and x.numel() <= 8 * x.size(-1):
-            return few_rows(x, self.weight, self.scale, self.bias, self.interleaved)
-        x = interleave(x) if self.interleaved else x
+            return few_rows(x, self.weight, self.scale, self.bias)
         y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias
 
@@ -320,10 +333,9 @@ class StaticCache(KVCache):
 
 
 def compiler_options(dtype):
-    """Options for the compiler. By default it fuses a layer norm into the linear layer after it, and computes the norm
-    again for every output. Here, an expression of at least so many operations is computed once and stored. In float32,
-    a product is rounded before it is added, as in model.py. In other dtypes, one instruction does both."""
-    return {"realize_opcount_threshold": 12 if dtype == "bfloat16" else 8,
+    """Options for the compiler: it stores only what `stored` names and what its own kernels need. In float32, a product
+    is rounded before it is added, as in model.py. In other dtypes, one instruction does both."""
+    return {"realize_opcount_threshold": 1000,
             "cpp.enable_floating_point_contract_flag": "off" if dtype == "float32" else "fast"}
 
 

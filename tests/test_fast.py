@@ -7,6 +7,7 @@ import copy
 import functools
 import math
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -238,14 +239,14 @@ def test_autocast_is_obeyed_without_gradients(autocast):
         assert y.dtype == autocast and torch.equal(y, plain(x))
 
 
-def check_few_rows(dtype, bias, int8, rows=1):
+def check_few_rows(dtype, bias, int8, rows=1, n=24):
     """`few_rows`, which compiled code uses, against a matrix multiplication in float64."""
     torch.manual_seed(0)
-    layer, x = nn.Linear(24, 50, bias=bias), torch.randn(1, rows, 24).to(dtype)
+    layer, x = nn.Linear(n, 50, bias=bias), torch.randn(1, rows, n).to(dtype)
     if int8:
         layer = fast.twin(layer, Int8Linear)
         weight, exact_weight = layer.weight, layer.rounded().double()
-        arguments = layer.scale, layer.bias.detach().to(dtype) if bias else None, layer.interleaved
+        arguments = layer.scale, layer.bias.detach().to(dtype) if bias else None
     else:
         weight = layer.weight.detach().to(dtype)
         exact_weight = weight.double()
@@ -256,20 +257,23 @@ def check_few_rows(dtype, bias, int8, rows=1):
     assert_as_exact(y, exact.to(dtype), exact)
 
 
+def check_words():
+    """Weights that are read in words of 32 bits, as on a processor with AVX2."""
+    with mock.patch.object(fast, "INSTRUCTIONS", "AVX2"):
+        check_few_rows(torch.bfloat16, True, False)
+        check_few_rows(torch.float32, True, True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("int8", [True, False])
-def test_few_rows(dtype, bias, int8):
-    check_few_rows(dtype, bias, int8)
-
-
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("instructions", ["AVX2", "AVX512"])
-def test_few_rows_in_int8_for_a_processor(instructions, rows, monkeypatch):
-    monkeypatch.setattr(fast, "INSTRUCTIONS", instructions)
-    assert fast.twin(nn.Linear(24, 50), Int8Linear).interleaved == (instructions == "AVX2")
-    check_few_rows(torch.float32, True, True, rows)
-    check_int8()
+def test_few_rows(dtype, bias, int8, rows, instructions, monkeypatch):
+    monkeypatch.setattr(fast, "INSTRUCTIONS", instructions)  # with AVX2, narrow weights are read in words
+    assert fast.in_words(torch.zeros(50, 24, dtype=torch.int8)) == (instructions == "AVX2")
+    check_few_rows(dtype, bias, int8, rows)
+    check_few_rows(dtype, bias, int8, rows, n=25)  # does not fit into words
 
 
 def check_int8(dtype=torch.float32):
@@ -562,9 +566,10 @@ def test_the_key_of_a_compiled_step():
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_a_compiled_step_multiplies_few_rows_by_sums(dtype, batch):
-    model = for_inference(random_model(0), dtype, compile=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_compiled_step_multiplies_few_rows_by_sums(dtype, batch, monkeypatch):
+    monkeypatch.setattr(fast, "INSTRUCTIONS", "AVX2")  # otherwise, PyTorch multiplies several rows in bfloat16
+    model = for_inference(random_model(0, n_embd=48), dtype, compile=True)
     names = {str(node.target) for node in fast.export_step(model, model.new_cache(batch)).graph.nodes}
     assert any("sum" in name for name in names) and not any("linear" in name or "mm" in name for name in names)
 
@@ -677,7 +682,7 @@ def test_a_weight_that_is_used_directly_keeps_its_layout(dtype, compile, capsys)
 
 attend = {cls: cls.attend for cls in (FusedAttention, CompiledAttention)}
 prepare_packed, prepare_int8, forward_dropout = PackedLinear.prepare, Int8Linear.prepare, FastDropout.forward
-few_rows = fast.few_rows
+few_rows, words_times_row = fast.few_rows, fast.words_times_row
 
 
 def fused_with_another_scale(self, q, k, v, positions):
@@ -739,8 +744,12 @@ def dropout_of_pairs(self, x):
     return forward_dropout(self, torch.ones_like(x[..., ::2])).repeat_interleave(2, -1)[..., :x.size(-1)] * x
 
 
-def few_rows_without_bias(x, weight, scale=None, bias=None, interleaved=False):
-    return few_rows(x, weight, scale, None, interleaved)
+def few_rows_without_bias(x, weight, scale=None, bias=None):
+    return few_rows(x, weight, scale, None)
+
+
+def words_in_another_order(weight, columns):
+    return words_times_row(weight, columns.flip(0))
 
 
 def positions_off_by_one(self, T):
@@ -771,6 +780,7 @@ MISTAKES = [
     (FastDropout, "forward", dropout_of_pairs, lambda: check_dropout(0.1, torch.float32)),
     (fast, "few_rows", few_rows_without_bias, lambda: check_few_rows(torch.float32, True, False)),
     (fast, "few_rows", few_rows_without_bias, lambda: check_inference("int8", True)),
+    (fast, "words_times_row", words_in_another_order, check_words),
     (StaticCache, "positions", positions_off_by_one, check_static_cache),
     (StaticCache, "append", forgetful_append, check_static_cache),
     (StaticCache, "append", forgetful_append, lambda: check_inference("float32", True)),
