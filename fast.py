@@ -333,8 +333,9 @@ class StaticCache(KVCache):
 
 
 def compiler_options(dtype):
-    """Options for the compiler: it stores only what `stored` names and what its own kernels need. In float32, a product
-    is rounded before it is added, as in model.py. In other dtypes, one instruction does both."""
+    """Options for the compiler. By default, it stores an expression of many operations, even if that is part of a sum
+    over a weight. Here, it stores only what `stored` names and what its own kernels need. In float32, a product is
+    rounded before it is added, as in model.py. In other dtypes, one instruction does both."""
     return {"realize_opcount_threshold": 1000,
             "cpp.enable_floating_point_contract_flag": "off" if dtype == "float32" else "fast"}
 
