@@ -181,7 +181,8 @@ def words_times_row(weight, columns):
         numbers = [((words << (24 - 8 * i)) >> 24).float() for i in range(4)]
     else:  # a bfloat16 is the upper half of a float32
         numbers = [(words << 16).view(torch.float32), (words & -2 ** 16).view(torch.float32)]
-    return functools.reduce(torch.add, [n * column for n, column in zip(numbers, columns, strict=True)]).sum(dim=-1)
+    products = [number * column for number, column in zip(numbers, columns, strict=True)]
+    return functools.reduce(torch.add, products).sum(dim=-1)
 
 
 class FastLinear(nn.Linear):
@@ -191,7 +192,8 @@ class FastLinear(nn.Linear):
         """x (..., in) -> (..., out)."""
         if torch.compiler.is_compiling():
             # With more rows than this, PyTorch's kernels are faster.
-            most = 8 if x.device.type == "cpu" and self.weight.dtype == torch.float32 or in_words(self.weight) else 1
+            in_float32 = x.device.type == "cpu" and self.weight.dtype == torch.float32
+            most = 8 if in_float32 or in_words(self.weight) else 1
             few = x.numel() <= most * x.size(-1)
             return few_rows(x, self.weight, None, self.bias) if few else super().forward(x)
         if (x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
