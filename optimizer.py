@@ -30,19 +30,38 @@ def schedule(step, warmup_iters, decay_iters, final, curve="cosine"):
 
 # --- Muon ---
 
+A, B, C = 3.4445, -4.7750, 2.0315  # those of Jordan et al. 2024
+
+
 def orthogonalize(m, steps=5):
     """(N, rows, cols) -> the same matrices with all singular values brought near 1, by the Newton-Schulz iteration
-    X <- a X + b (X Xt) X + c (X Xt)^2 X. The coefficients a, b, c are those of Jordan et al. 2024, which trade
-    exactness for speed: values above 0.002 of the norm end between 0.68 and 1.21. Smaller ones stay smaller."""
+    X <- A X + B (X Xt) X + C (X Xt)^2 X. The coefficients trade exactness for speed: values above 0.002 of the norm end
+    between 0.68 and 1.21. Smaller ones stay smaller."""
     if m.size(-2) > m.size(-1):  # then the transpose has the smaller X Xt
         return orthogonalize(m.mT, steps).mT
     # The iteration needs singular values of at most 1. None is larger than the norm.
     m = m / torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    if m.size(-1) >= 2 * m.size(-2) and m.device.type == "cpu" and m.itemsize > 2:
+        return multiplied_factors(m @ m.mT, steps) @ m
     for _ in range(steps):
         gram = m @ m.mT  # X Xt
-        # a X + (b gram + c gram^2) X; baddbmm(x, y, z, beta, alpha) is beta * x + alpha * (y @ z)
-        m = torch.baddbmm(m, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), m, beta=3.4445)
+        # A X + (B gram + C gram^2) X; baddbmm(x, y, z, beta, alpha) is beta * x + alpha * (y @ z)
+        m = torch.baddbmm(m, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), m, beta=A)
     return m
+
+
+def multiplied_factors(gram, steps):
+    """X Xt (N, rows, rows) -> the matrix by which the iteration multiplies X in all. A step multiplies X by a factor
+    F = A I + B (X Xt) + C (X Xt)^2, and so it multiplies X Xt by F from both sides. This needs X Xt alone, which is
+    smaller than X (Amsel et al. 2025, "The Polar Express", appendix F). But 16 bits and TF32 are too few for it."""
+    product = None
+    for step in range(steps):
+        factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+        factor.diagonal(dim1=-2, dim2=-1).add_(A)
+        product = factor if product is None else factor @ product
+        if step < steps - 1:
+            gram = factor @ gram @ factor
+    return product
 
 
 class Muon(torch.optim.Optimizer):

@@ -20,6 +20,7 @@ from checkpoint import load_weights
 from fast import (
     CompiledAttention,
     FastDropout,
+    FastGELU,
     FastLinear,
     FusedAttention,
     Int8Linear,
@@ -156,6 +157,41 @@ def test_dropout_follows_the_seed_and_stops_in_eval():
     torch.manual_seed(1)
     assert torch.equal(layer(x), first) and not torch.equal(layer(x), first)
     assert layer.eval()(x) is x and FastDropout(0.0)(x) is x
+
+
+# --- GELU ---
+
+def check_gelu():
+    """Outputs and derivatives against PyTorch's in float64, on numbers that lie apart in memory."""
+    x = torch.cat((torch.linspace(-30, 30, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e4, -1e4])))
+    x = torch.stack((x, x), 1)[:, 0].requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    y, y_exact = FastGELU(approximate="tanh")(x), F.gelu(exact, approximate="tanh")
+    torch.testing.assert_close(y.double(), y_exact, atol=1e-6, rtol=1e-6)
+    weights = torch.arange(len(x)) % 7 - 3.0
+    (y * weights).sum().backward()
+    (y_exact * weights).sum().backward()
+    torch.testing.assert_close(x.grad.double(), exact.grad, atol=5e-6, rtol=5e-6)
+    with torch.no_grad():
+        assert torch.equal(FastGELU(approximate="tanh")(x), y)
+
+
+def test_gelu():
+    check_gelu()
+
+
+def test_gelu_in_other_dtypes_is_pytorchs():
+    for dtype in (torch.float64, torch.bfloat16):
+        x = torch.randn(50, dtype=dtype)
+        assert torch.equal(FastGELU(approximate="tanh")(x), F.gelu(x, approximate="tanh"))
+
+
+def test_another_gelu_stays(capsys):
+    model = random_model(0)
+    model.h[0].mlp.gelu = nn.GELU()
+    for_training(model)
+    assert [type(block.mlp.gelu) for block in model.h] == [nn.GELU] + [FastGELU] * (len(model.h) - 1)
+    assert capsys.readouterr().err == ""
 
 
 # --- linear layers ---
@@ -414,8 +450,9 @@ def test_for_training_replaces_and_leaves_the_rest():
     state, names, random = copy.deepcopy(model.state_dict()), list(model.state_dict()), torch.get_rng_state()
     for mode in (True, False):
         assert for_training(model.train(mode)) is model and model.training == mode
-        assert {FusedAttention, FastDropout, FastLinear} <= classes(model)
-        assert not {CausalSelfAttention, nn.Dropout, nn.Linear} & classes(model)  # the second time they are again
+        assert {FusedAttention, FastDropout, FastGELU, FastLinear} <= classes(model)
+        # The second time, they are replaced again.
+        assert not {CausalSelfAttention, nn.Dropout, nn.GELU, nn.Linear} & classes(model)
     assert torch.equal(torch.get_rng_state(), random)
     assert list(model.state_dict()) == names and all(torch.equal(state[n], t) for n, t in model.state_dict().items())
     assert model.lm_head.weight is model.wte.weight
@@ -682,6 +719,7 @@ def test_a_weight_that_is_used_directly_keeps_its_layout(dtype, compile, capsys)
 
 attend = {cls: cls.attend for cls in (FusedAttention, CompiledAttention)}
 prepare_packed, prepare_int8, forward_dropout = PackedLinear.prepare, Int8Linear.prepare, FastDropout.forward
+sigmoid_of, gelu_forward = fast.SigmoidGELU.sigmoid, fast.SigmoidGELU.forward
 few_rows, words_times_row = fast.few_rows, fast.words_times_row
 
 
@@ -744,6 +782,21 @@ def dropout_of_pairs(self, x):
     return forward_dropout(self, torch.ones_like(x[..., ::2])).repeat_interleave(2, -1)[..., :x.size(-1)] * x
 
 
+def exact_gelu(self, x):
+    return F.gelu(x)
+
+
+def gelu_of_another_scale(x):
+    u2, s = sigmoid_of(x)
+    return u2, s * 0.99
+
+
+def gelu_with_another_derivative(ctx, x):
+    y = gelu_forward(ctx, x)
+    ctx.save_for_backward(torch.ones_like(x))
+    return y
+
+
 def few_rows_without_bias(x, weight, scale=None, bias=None):
     return few_rows(x, weight, scale, None)
 
@@ -778,6 +831,8 @@ MISTAKES = [
     (FastDropout, "forward", dropout_that_is_not_made_up_for, lambda: check_dropout(0.1, torch.float32)),
     (FastDropout, "forward", dropout_that_scales_always, lambda: check_dropout(0.1, torch.float32)),
     (FastDropout, "forward", dropout_of_pairs, lambda: check_dropout(0.1, torch.float32)),
+    (fast.SigmoidGELU, "sigmoid", staticmethod(gelu_of_another_scale), check_gelu),
+    (fast.SigmoidGELU, "forward", staticmethod(gelu_with_another_derivative), check_gelu),
     (fast, "few_rows", few_rows_without_bias, lambda: check_few_rows(torch.float32, True, False)),
     (fast, "few_rows", few_rows_without_bias, lambda: check_inference("int8", True)),
     (fast, "words_times_row", words_in_another_order, check_words),
@@ -812,15 +867,18 @@ def test_the_comparisons_of_whole_models_find(monkeypatch, graph_only, where, wh
     (for_inference, FusedAttention, "attend", fused_with_another_scale, CausalSelfAttention),
     (functools.partial(for_inference, compile=True), CompiledAttention, "attend", compiled_mask_off_by_one,
      CausalSelfAttention),
+    (for_training, FastGELU, "forward", exact_gelu, nn.GELU),
+    (for_training, fast.SigmoidGELU, "forward", staticmethod(gelu_with_another_derivative), nn.GELU),
     (for_inference, PackedLinear, "prepare", packed_with_a_block_transposed, nn.Linear)])
 def test_a_replacement_with_a_mistake_is_left_out(monkeypatch, capsys, prepare, where, what, wrong, plain):
     model, idx = random_model(0), torch.randint(37, (1, 9))
     exact = copy.deepcopy(model).double()(idx)[0]
     monkeypatch.setattr(where, what, wrong)
     prepare(model)
-    assert where not in classes(model) and plain in classes(model)
+    layer = FastGELU if plain is nn.GELU else where
+    assert layer not in classes(model) and plain in classes(model)
     assert_as_exact(model(idx)[0], None, exact)
-    assert capsys.readouterr().err == (f"fast.py: {plain.__name__} computes something else than {where.__name__} does, "
+    assert capsys.readouterr().err == (f"fast.py: {plain.__name__} computes something else than {layer.__name__} does, "
                                        "so it stays as it is in model.py, which may be slower\n")
 
 

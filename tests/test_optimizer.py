@@ -169,6 +169,42 @@ def test_orthogonalize_in_float32():
         torch.testing.assert_close(rotated, torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1)), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(3, 20, 50), (2, 64, 16), (2, 16, 16), (1, 1, 9)])
+@pytest.mark.parametrize("singular", ["similar", "from 1 to 1e-7", "a single one", "none"])
+def test_orthogonalize_is_the_polynomial_of_the_singular_values(shape, singular):
+    """For many columns it computes in another order, in which singular values near 0 could grow."""
+    torch.manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    n = u.size(-1)
+    values = {"similar": torch.rand(n) + 0.1, "from 1 to 1e-7": 10 ** torch.linspace(0, -7, n),
+              "a single one": torch.eye(n)[0], "none": torch.zeros(n)}[singular].double()
+    m = (u * values) @ vh
+    new = values / values.norm().clamp(min=1e-7)
+    for _ in range(5):
+        new = 3.4445 * new - 4.7750 * new ** 3 + 2.0315 * new ** 5
+    for dtype, allowed in ((torch.float64, 1e-11), (torch.float32, 1e-3)):
+        torch.testing.assert_close(orthogonalize(m.to(dtype)).double(), (u * new) @ vh, atol=allowed, rtol=0)
+
+
+def test_matrices_of_all_shapes_together():
+    """Each parameter moves as it does alone."""
+    torch.manual_seed(0)
+    shapes = ((30, 10), 3), ((10, 10), 1), ((10, 40), 1), ((40, 10), 1), ((10, 40), 1), ((7, 9), 1)
+    together = [torch.nn.Parameter(torch.randn(shape)) for shape, _ in shapes]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    settings = dict(lr=0.02, beta2=0.9, weight_decay=0.1, dtype=torch.float32)
+    muon = Muon([{"params": [together[0]], "parts": 3}, {"params": together[1:]}], **settings)
+    single = [Muon([{"params": [p], "parts": parts}], **settings) for p, (_, parts) in zip(alone, shapes, strict=True)]
+    for step in range(3):
+        for i, (p, q) in enumerate(zip(together, alone, strict=True)):
+            p.grad = None if step == 1 and i == 2 else torch.randn_like(p)
+            q.grad = None if p.grad is None else p.grad.clone()
+        for m in (muon, *single):
+            m.step()
+    for p, q in zip(together, alone, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
+
+
 def test_which_parameters_go_where():
     model, _, _ = model_and_batch()
     names = {p: name for name, p in model.named_parameters()}
