@@ -297,6 +297,8 @@ class Int8Linear(nn.Linear):
     """A linear layer with an int8 weight and one scale for each output: each row of the weight is divided by its
     largest magnitude / 127 and rounded, so an entry is off by at most 1/254 of the row's largest."""
 
+    smallest = 2 ** 18  # weights in the smallest layer that PyTorch's kernel multiplies
+
     def prepare(self):
         """Replaces the weight."""
         weight = self.weight.detach().float()
@@ -308,11 +310,24 @@ class Int8Linear(nn.Linear):
         """The weight (out, in) in float32, as the layer computes with it."""
         return self.weight * self.scale[:, None]
 
+    def has_kernel(self, x):
+        """Whether PyTorch's kernel for int8 weights multiplies x (..., in) by this weight. It reads each weight once,
+        but its inputs and outputs are bfloat16. With many rows or a small weight, F.linear is about as fast. The kernel
+        does not check sizes: it reads whole vectors, and so beyond the end of a row that does not consist of them."""
+        return (x.device.type == "cpu" and self.weight.numel() >= self.smallest and self.in_features % 64 == 0
+                and x.numel() <= 16 * x.size(-1))
+
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         if torch.compiler.is_compiling() and x.numel() <= 8 * x.size(-1):
             return few_rows(x, self.weight, self.scale, self.bias)
-        y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        if not torch.compiler.is_compiling() and self.has_kernel(x):
+            ones = torch.ones_like(self.scale, dtype=torch.bfloat16)  # the scale itself need not be rounded
+            rows = x.reshape(-1, x.size(-1)).bfloat16()
+            y = torch._weight_int8pack_mm(rows, self.weight, ones).to(x.dtype).view(*x.shape[:-1], -1)
+        else:
+            y = F.linear(x, self.weight.to(x.dtype))
+        y = y * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -585,9 +600,10 @@ def mix_in(mixin, model):
     model.__class__ = mixed(mixin, type(model))
 
 
-def same(a, b):
-    """Whether two tensors agree within the rounding of float32, which is coarser on some devices than on a CPU."""
-    tolerance = 1e-4 if a.device.type == "cpu" else 1e-3
+def same(a, b, tolerance=None):
+    """Whether two tensors agree, by default within the rounding of float32, which is coarser on some devices than on a
+    CPU."""
+    tolerance = tolerance or (1e-4 if a.device.type == "cpu" else 1e-3)
     return bool((a.float() - b.float()).abs().max() <= tolerance * max(1.0, b.abs().max().item()))
 
 
@@ -614,7 +630,9 @@ def computes_the_same(layer, fast, block_size):
                 layer = twin(layer, nn.Linear)
                 layer.weight = nn.Parameter(new.rounded())
             x = torch.randn(3, layer.in_features, generator=g).to(layer.weight)
-            return all(same(new(rows), layer(rows)) for rows in (x, x[:1]))
+            rounds = fast is Int8Linear and new.has_kernel(x)  # to bfloat16
+            x = x.bfloat16().float() if rounds else x
+            return all(same(new(rows), layer(rows), 2 ** -8 if rounds else None) for rows in (x, x[:1]))
         # A whole sequence, and a chunk and a single token after a long prefix. The factor 6 makes large scores.
         # Together they reveal a limit on the scores or on the distance, if someone has added one to model.py.
         for T, S in ((min(16, block_size),) * 2, (min(5, block_size), block_size), (1, block_size)):
