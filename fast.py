@@ -13,6 +13,7 @@ Both change the model in place and return it: a layer gets a subclass that compu
     nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.3x
                            PackedLinear      a large weight is stored in the order in which oneDNN reads it 1.4x
     nn.Linear              Int8Linear        a weight takes one byte instead of four                        5.1x
+                           Int8KernelLinear  if it is not compiled: a kernel that reads each weight once    3.5x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              unmeasured
     GPT, compiled          LossOnly          a training step need not store logits that nobody reads        1.04x
     decode_one_token       compiled          one loop reads each weight once, whatever its dtype            1.5x
@@ -297,8 +298,6 @@ class Int8Linear(nn.Linear):
     """A linear layer with an int8 weight and one scale for each output: each row of the weight is divided by its
     largest magnitude / 127 and rounded, so an entry is off by at most 1/254 of the row's largest."""
 
-    smallest = 2 ** 18  # weights in the smallest layer that PyTorch's kernel multiplies
-
     def prepare(self):
         """Replaces the weight."""
         weight = self.weight.detach().float()
@@ -310,24 +309,33 @@ class Int8Linear(nn.Linear):
         """The weight (out, in) in float32, as the layer computes with it."""
         return self.weight * self.scale[:, None]
 
-    def has_kernel(self, x):
-        """Whether PyTorch's kernel for int8 weights multiplies x (..., in) by this weight. It reads each weight once,
-        but its inputs and outputs are bfloat16. With many rows or a small weight, F.linear is about as fast. The kernel
-        does not check sizes: it reads whole vectors, and so beyond the end of a row that does not consist of them."""
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        if torch.compiler.is_compiling() and x.numel() <= 8 * x.size(-1):
+            return few_rows(x, self.weight, self.scale, self.bias)
+        y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+class Int8KernelLinear(Int8Linear):
+    """An Int8Linear for a model that is not compiled. On a CPU, it multiplies few rows by a large weight with PyTorch's
+    kernel for int8 weights. The kernel reads each weight once, but its inputs and outputs are bfloat16."""
+
+    smallest = 2 ** 18  # weights in the smallest layer that is worth it
+
+    def fits(self, x):
+        """Whether the kernel multiplies x (..., in) by this weight. It does not check sizes: it reads whole vectors, so
+        it would read beyond the end of a row that does not consist of them."""
         return (x.device.type == "cpu" and self.weight.numel() >= self.smallest and self.in_features % 64 == 0
                 and x.numel() <= 16 * x.size(-1))
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
-        if torch.compiler.is_compiling() and x.numel() <= 8 * x.size(-1):
-            return few_rows(x, self.weight, self.scale, self.bias)
-        if not torch.compiler.is_compiling() and self.has_kernel(x):
-            ones = torch.ones_like(self.scale, dtype=torch.bfloat16)  # the scale itself need not be rounded
-            rows = x.reshape(-1, x.size(-1)).bfloat16()
-            y = torch._weight_int8pack_mm(rows, self.weight, ones).to(x.dtype).view(*x.shape[:-1], -1)
-        else:
-            y = F.linear(x, self.weight.to(x.dtype))
-        y = y * self.scale.to(x.dtype)
+        if not self.fits(x):
+            return super().forward(x)
+        ones = torch.ones_like(self.scale, dtype=torch.bfloat16)  # the scale itself need not be rounded
+        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)).bfloat16(), self.weight, ones).to(x.dtype)
+        y = y.view(*x.shape[:-1], -1) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -584,7 +592,7 @@ def twin(layer, fast):
 def become(layer, fast):
     """Gives the layer the class `fast`, in place, and its weight the layout that the class needs."""
     layer.__class__ = fast
-    if fast in (PackedLinear, Int8Linear):
+    if issubclass(fast, (PackedLinear, Int8Linear)):
         layer.prepare()
     return layer
 
@@ -626,11 +634,11 @@ def computes_the_same(layer, fast, block_size):
     try:
         new = twin(layer, fast)
         if isinstance(layer, nn.Linear):
-            if fast is Int8Linear:  # the reference has the rounded weight
+            if issubclass(fast, Int8Linear):  # the reference has the rounded weight
                 layer = twin(layer, nn.Linear)
                 layer.weight = nn.Parameter(new.rounded())
             x = torch.randn(3, layer.in_features, generator=g).to(layer.weight)
-            rounds = fast is Int8Linear and new.has_kernel(x)  # to bfloat16
+            rounds = fast is Int8KernelLinear and new.fits(x)  # to bfloat16
             x = x.bfloat16().float() if rounds else x
             return all(same(new(rows), layer(rows), 2 ** -8 if rounds else None) for rows in (x, x[:1]))
         # A whole sequence, and a chunk and a single token after a long prefix. The factor 6 makes large scores.
@@ -729,7 +737,7 @@ def for_inference(model, dtype="float32", compile=False):
     before = {module: module.weight for module in model.modules() if type(module) is nn.Linear}
     was_tied = model.lm_head.weight is model.wte.weight
     if dtype == "int8":
-        replace(model, nn.Linear, Int8Linear)
+        replace(model, nn.Linear, Int8Linear if compile else Int8KernelLinear)
     elif compile:
         replace(model, nn.Linear, FastLinear)
     elif dtype == "float32" and device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -802,6 +810,8 @@ def measure():
         compare("FastLinear: 64 rows in float32", lambda: linear(rows), lambda: fast(rows))
         compare("PackedLinear: 1 row in float32", lambda: linear(row), lambda: packed(row))
         compare("PackedLinear: 64 rows in float32", lambda: linear(rows), lambda: packed(rows))
+        int8, kernel, row = twin(linear, Int8Linear), twin(linear, Int8KernelLinear), torch.randn(1, 768)
+        compare("Int8KernelLinear: 1 row, against Int8Linear", lambda: int8(row), lambda: kernel(row))
         small = nn.Linear(128, 512)  # a layer of config/train_shakespeare_char.py
         packed_small, row = twin(small, PackedLinear), torch.randn(1, 128)
         compare("PackedLinear: 1 row and a weight too small for it", lambda: small(row), lambda: packed_small(row))

@@ -23,6 +23,7 @@ from fast import (
     FastGELU,
     FastLinear,
     FusedAttention,
+    Int8KernelLinear,
     Int8Linear,
     PackedLinear,
     PaddedLinear,
@@ -337,18 +338,22 @@ def check_int8_kernel():
     torch.manual_seed(0)
     for n, rows in ((512, 1), (512, 3), (512, 16), (512, 17), (501, 1), (520, 1)):
         plain = nn.Linear(n, 1003)
-        layer = fast.twin(plain, Int8Linear)
+        layer = fast.twin(plain, Int8KernelLinear)
         x = torch.randn(2, rows, n).bfloat16().float()[:1]
         y, product = layer(x), F.linear(x.double(), layer.rounded().double())
         kernel = rows < 17 and n == 512
-        assert y.dtype == torch.float32 and layer.has_kernel(x) == kernel
+        assert y.dtype == torch.float32 and layer.fits(x) == kernel
         allowed = 1e-5 * product.abs().max() + (2 ** -8 * product.abs() if kernel else 0.0)
         assert ((y - product - plain.bias).abs() <= allowed).all(), (n, rows)
 
 
 def test_int8_kernel():
     check_int8_kernel()
-    assert fast.computes_the_same(nn.Linear(512, 512), Int8Linear, 8)
+    assert fast.computes_the_same(nn.Linear(512, 512), Int8KernelLinear, 8)
+    # A compiled step is compared with the layers of its own model, which therefore do not round.
+    for compile, cls in ((False, Int8KernelLinear), (True, Int8Linear)):
+        assert {type(m) for m in for_inference(random_model(0), "int8", compile).modules()
+                if isinstance(m, nn.Linear)} == {cls}
 
 
 def test_int8_kernel_with_a_mistake_is_left_out(monkeypatch, capsys):
@@ -356,7 +361,7 @@ def test_int8_kernel_with_a_mistake_is_left_out(monkeypatch, capsys):
     monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda x, weight, scale: kernel(x, weight.flip(0), scale))
     with pytest.raises(AssertionError):
         check_int8_kernel()
-    assert not fast.computes_the_same(nn.Linear(512, 512), Int8Linear, 8)
+    assert not fast.computes_the_same(nn.Linear(512, 512), Int8KernelLinear, 8)
 
 
 def test_int8_of_a_row_of_zeros():
