@@ -29,10 +29,10 @@ the call of keep_memory:
 
     python bench_train.py config/train_shakespeare_char.py --dataset=shakespeare
 
-model.py has the last word. Only layers of exactly the class in the table are replaced. Before that, each attention and
-one linear layer are compared with their replacements (dropout is random, so only the tests compare it). If they differ,
-because someone has changed model.py, the plain layer stays, and one line on standard error says so. The compiled step
-runs GPT.forward itself.
+model.py has the last word. Only layers of exactly the class in the table are replaced. Before that, each attention, one
+GELU and one linear layer are compared with their replacements. (Dropout is random, so only the tests compare it.) If
+they differ, because someone has changed model.py, the plain layer stays, and one line on standard error says so. The
+compiled step runs GPT.forward itself.
 """
 import os
 
@@ -638,9 +638,10 @@ def computes_the_same(layer, fast, block_size):
                 layer = twin(layer, nn.Linear)
                 layer.weight = nn.Parameter(new.rounded())
             x = torch.randn(3, layer.in_features, generator=g).to(layer.weight)
-            rounds = fast is Int8KernelLinear and new.fits(x)  # to bfloat16
-            x = x.bfloat16().float() if rounds else x
-            return all(same(new(rows), layer(rows), 2 ** -8 if rounds else None) for rows in (x, x[:1]))
+            tolerance = None
+            if fast is Int8KernelLinear and new.fits(x):
+                x, tolerance = x.bfloat16().float(), 2 ** -8  # only the outputs need to be rounded now
+            return all(same(new(rows), layer(rows), tolerance) for rows in (x, x[:1]))
         # A whole sequence, and a chunk and a single token after a long prefix. The factor 6 makes large scores.
         # Together they reveal a limit on the scores or on the distance, if someone has added one to model.py.
         for T, S in ((min(16, block_size),) * 2, (min(5, block_size), block_size), (1, block_size)):

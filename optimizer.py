@@ -30,7 +30,7 @@ def schedule(step, warmup_iters, decay_iters, final, curve="cosine"):
 
 # --- Muon ---
 
-A, B, C = 3.4445, -4.7750, 2.0315  # those of Jordan et al. 2024
+A, B, C = 3.4445, -4.7750, 2.0315  # coefficients of the iteration below (Jordan et al. 2024)
 
 
 def orthogonalize(m, steps=5):
@@ -41,7 +41,7 @@ def orthogonalize(m, steps=5):
         return orthogonalize(m.mT, steps).mT
     # The iteration needs singular values of at most 1. None is larger than the norm.
     m = m / torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    if m.size(-1) >= 2 * m.size(-2) and m.device.type == "cpu" and m.itemsize > 2:
+    if m.size(-1) >= 2 * m.size(-2) and m.device.type == "cpu" and m.itemsize > 2:  # fewer multiplications
         return multiplied_factors(m @ m.mT, steps) @ m
     for _ in range(steps):
         gram = m @ m.mT  # X Xt
@@ -51,9 +51,9 @@ def orthogonalize(m, steps=5):
 
 
 def multiplied_factors(gram, steps):
-    """X Xt (N, rows, rows) -> the matrix by which the iteration multiplies X in all. A step multiplies X by a factor
-    F = A I + B (X Xt) + C (X Xt)^2, and so it multiplies X Xt by F from both sides. This needs X Xt alone, which is
-    smaller than X (Amsel et al. 2025, "The Polar Express", appendix F). But 16 bits and TF32 are too few for it."""
+    """X Xt (N, rows, rows) -> the product of all factors by which the iteration multiplies X. Each step multiplies X by
+    F = A I + B (X Xt) + C (X Xt)^2, and therefore X Xt by F from both sides. So the steps need only X Xt, which is
+    smaller than a wide X (Amsel et al. 2025, "The Polar Express", appendix F). 16 bits or TF32 are too few for this."""
     product = None
     for step in range(steps):
         factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
