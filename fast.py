@@ -8,24 +8,24 @@ Both change the model in place and return it: a layer gets a subclass that compu
     layer of model.py      becomes           because                                                        gain
     CausalSelfAttention    FusedAttention    PyTorch's fused kernel never stores the T x S scores           1.8x
                                              (but a CPU in bfloat16 trains faster with the plain code)      1.1x
-    nn.Dropout on a CPU    FastDropout       16 random bits decide as well as a float, and cost less        1.5x
-    nn.GELU on a CPU       FastGELU          in float32, a sigmoid is faster than the tanh that it equals   1.5x
+    nn.Dropout on a CPU    FastDropout       16 random bits decide as well as a float, and cost less        3.2x
+    nn.GELU on a CPU       FastGELU          in float32, a sigmoid is faster than the tanh that it equals   1.4x
     nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.3x
                            PackedLinear      a large weight is stored in the order in which oneDNN reads it 1.4x
-    nn.Linear              Int8Linear        a weight takes one byte instead of four                        5.1x
-                           Int8KernelLinear  if it is not compiled: a kernel that reads each weight once    3.5x
+    nn.Linear              Int8Linear        a weight takes one byte instead of four                        4.6x
+                           Int8KernelLinear  if it is not compiled: a kernel that reads each weight once    3.9x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              unmeasured
     GPT, compiled          LossOnly          a training step need not store logits that nobody reads        1.04x
-    decode_one_token       compiled          one loop reads each weight once, whatever its dtype            1.5x
+    decode_one_token       compiled          one loop reads each weight once, whatever its dtype            2.0x
     memory on Linux        kept              what is freed and needed again does not go back to the system  2.0x
 
     python fast.py   # measures these gains on this machine's CPU, but not those of PaddedLinear, LossOnly and memory
 
-The gains above are from two cores of an AMD EPYC (Zen 4). That of LossOnly is from an NVIDIA H200: see docs/scaling.md.
-oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gain of PackedLinear is that of a
-single row. The compiled step (in float32) and Int8Linear (compiled) are compared with PackedLinear, not with nn.Linear,
-and were measured without `stored`. The gain of kept memory is that of a training step on byte pairs, with and without
-the call of keep_memory:
+The gains above are from two cores of an AMD EPYC (Zen 3), with three exceptions: those of bfloat16 and of memory are
+from a Zen 4, and that of LossOnly is from an NVIDIA H200 (see docs/scaling.md). oneDNN and MKL are the libraries that
+multiply matrices for PyTorch on a CPU. The gains of PackedLinear and Int8KernelLinear are those of a single row. The
+compiled step (in float32) and Int8Linear (compiled) are compared with PackedLinear, not with nn.Linear. The gain of
+kept memory is that of a training step on byte pairs, with and without the call of keep_memory:
 
     python bench_train.py config/train_shakespeare_char.py --dataset=shakespeare
 
