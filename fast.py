@@ -9,11 +9,11 @@ Both change the model in place and return it: a layer gets a subclass that compu
     CausalSelfAttention    FusedAttention    PyTorch's fused kernel never stores the T x S scores           1.8x
                                              (but a CPU in bfloat16 trains faster with the plain code)      1.1x
     nn.Dropout on a CPU    FastDropout       16 random bits decide as well as a float, and cost less        3.2x
-    nn.GELU on a CPU       FastGELU          in float32, a sigmoid is faster than the tanh that it equals   1.4x
+    nn.GELU on a CPU       FastGELU          in float32, GELU is faster by a sigmoid than by tanh           1.4x
     nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.3x
                            PackedLinear      a large weight is stored in the order in which oneDNN reads it 1.4x
     nn.Linear              Int8Linear        a weight takes one byte instead of four                        4.6x
-                           Int8KernelLinear  if it is not compiled: a kernel that reads each weight once    3.9x
+                           Int8KernelLinear  not compiled: a kernel reads each weight once, as int8         3.9x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              unmeasured
     GPT, compiled          LossOnly          a training step need not store logits that nobody reads        1.04x
     decode_one_token       compiled          one loop reads each weight once, whatever its dtype            2.0x
@@ -24,8 +24,9 @@ Both change the model in place and return it: a layer gets a subclass that compu
 The gains above are from two cores of an AMD EPYC (Zen 3), with three exceptions: those of bfloat16 and of memory are
 from a Zen 4, and that of LossOnly is from an NVIDIA H200 (see docs/scaling.md). oneDNN and MKL are the libraries that
 multiply matrices for PyTorch on a CPU. The gains of PackedLinear and Int8KernelLinear are those of a single row. The
-compiled step (in float32) and Int8Linear (compiled) are compared with PackedLinear, not with nn.Linear. The gain of
-kept memory is that of a training step on byte pairs, with and without the call of keep_memory:
+compiled step (in float32) and Int8Linear (compiled) are compared with PackedLinear, and Int8KernelLinear is compared
+with Int8Linear (not compiled). The gain of kept memory is that of a training step on byte pairs, with and without the
+call of keep_memory:
 
     python bench_train.py config/train_shakespeare_char.py --dataset=shakespeare
 
@@ -125,7 +126,8 @@ class FastDropout(nn.Dropout):
 
 class SigmoidGELU(torch.autograd.Function):
     """GELU in GPT-2's approximation, 0.5 x (1 + tanh(u)), where 2 u = a x + b x^3. It equals x * sigmoid(2 u). The
-    derivative needs the same sigmoid, so it is computed along with the output, and kept in place of x."""
+    derivative needs the same sigmoid, so it is computed along with the output, and kept in place of x. There is no
+    second derivative."""
     a = 2 * math.sqrt(2 / math.pi)
     b = 0.044715 * a
 
@@ -146,14 +148,20 @@ class SigmoidGELU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        """The gradient of the output -> that of x."""
+        """The gradient of the output -> that of x. RuntimeError if a second derivative is wanted (create_graph)."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("FastGELU has no second derivative; fast.restore(model) undoes for_training")
         return grad * ctx.saved_tensors[0]
 
 
 class FastGELU(nn.GELU):
-    """GELU by a sigmoid, in float32. On a CPU, PyTorch computes a sigmoid three times as fast as the tanh."""
+    """GELU by a sigmoid, in float32. On a CPU, PyTorch computes a sigmoid three times as fast as a tanh."""
+
+    @staticmethod
+    def suits(layer):
+        """Whether the layer is GPT-2's GELU."""
+        return layer.approximate == "tanh"
 
     def forward(self, x):
         """x -> GELU(x)."""
@@ -253,6 +261,11 @@ class PackedLinear(FastLinear):
 
     smallest = 2 ** 18  # weights in the smallest layer that is packed
 
+    @classmethod
+    def suits(cls, layer):
+        """Whether the layer is large enough."""
+        return layer.weight.numel() >= cls.smallest
+
     def prepare(self):
         """Reorders the weight."""
         weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 64)  # for inputs of up to 64 rows
@@ -302,7 +315,7 @@ class Int8Linear(nn.Linear):
         """Replaces the weight."""
         weight = self.weight.detach().float()
         self.register_buffer("scale", weight.abs().amax(dim=1).clamp(min=1e-12) / 127)
-        weight = (weight / self.scale[:, None]).round().to(torch.int8)
+        weight = (weight / self.scale[:, None]).round().to(torch.int8).contiguous()
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def rounded(self):
@@ -318,24 +331,26 @@ class Int8Linear(nn.Linear):
 
 
 class Int8KernelLinear(Int8Linear):
-    """An Int8Linear for a model that is not compiled. On a CPU, it multiplies few rows by a large weight with PyTorch's
-    kernel for int8 weights. The kernel reads each weight once, but its inputs and outputs are bfloat16."""
+    """A large Int8Linear in a model that is not compiled. On a CPU, it multiplies few rows by PyTorch's kernel for int8
+    weights. The kernel reads each weight once, but it is fast only if its input and output are bfloat16."""
 
     smallest = 2 ** 18  # weights in the smallest layer that is worth it
 
-    def fits(self, x):
-        """Whether the kernel multiplies x (..., in) by this weight. It does not check sizes: it reads whole vectors, so
-        it would read beyond the end of a row that does not consist of them."""
-        return (x.device.type == "cpu" and self.weight.numel() >= self.smallest and self.in_features % 64 == 0
-                and x.numel() <= 16 * x.size(-1))
+    @classmethod
+    def suits(cls, layer):
+        """Whether the kernel is worth it for the layer, and can read its weight. The kernel reads rows in whole vectors
+        and does not check that a row ends with one. 64 is a multiple of every vector's length."""
+        weight = layer.weight
+        return weight.device.type == "cpu" and weight.numel() >= cls.smallest and weight.size(1) % 64 == 0
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
-        if not self.fits(x):
+        if not 0 < x.numel() <= 16 * self.in_features or (x.requires_grad and torch.is_grad_enabled()):
             return super().forward(x)
+        rows = x.reshape(-1, self.in_features).bfloat16().contiguous()
         ones = torch.ones_like(self.scale, dtype=torch.bfloat16)  # the scale itself need not be rounded
-        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)).bfloat16(), self.weight, ones).to(x.dtype)
-        y = y.view(*x.shape[:-1], -1) * self.scale.to(x.dtype)
+        y = torch._weight_int8pack_mm(rows, self.weight, ones).to(x.dtype)
+        y = y.view(*x.shape[:-1], self.out_features) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -616,30 +631,30 @@ def same(a, b, tolerance=None):
 
 
 @torch.enable_grad()
-def same_gelu(*layers):
+def same_gelu(plain, fast):
     """Whether two layers without weights have the same outputs and derivatives."""
-    x = torch.linspace(-8, 8, 1001, requires_grad=True)
-    values = [layer(x) for layer in layers]
-    (y, dy), (other, d_other) = ((y, torch.autograd.grad(y.sum(), x)[0]) for y in values)
-    return same(other, y) and same(d_other, dy)
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float32, requires_grad=True)
+    y, y_fast = plain(x), fast(x)
+    gradient, gradient_fast = (torch.autograd.grad(z.sum(), x)[0] for z in (y, y_fast))
+    return same(y_fast, y, 1e-5) and same(gradient_fast, gradient, 1e-5)
 
 
 def computes_the_same(layer, fast, block_size):
     """Whether a layer of the class `fast` computes the same as this one. False if one of them raises an exception."""
-    if isinstance(layer, nn.GELU):
-        return same_gelu(layer, twin(layer, fast))
-    g, device = torch.Generator().manual_seed(0), next(layer.parameters()).device
+    g, device = torch.Generator().manual_seed(0), next(layer.parameters(), torch.empty(0)).device
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # without TF32, whose rounding would hide small differences
     try:
         new = twin(layer, fast)
+        if isinstance(layer, nn.GELU):
+            return same_gelu(layer, new)
         if isinstance(layer, nn.Linear):
             if issubclass(fast, Int8Linear):  # the reference has the rounded weight
                 layer = twin(layer, nn.Linear)
                 layer.weight = nn.Parameter(new.rounded())
             x = torch.randn(3, layer.in_features, generator=g).to(layer.weight)
             tolerance = None
-            if fast is Int8KernelLinear and new.fits(x):
+            if fast is Int8KernelLinear:
                 x, tolerance = x.bfloat16().float(), 2 ** -8  # only the outputs need to be rounded now
             return all(same(new(rows), layer(rows), tolerance) for rows in (x, x[:1]))
         # A whole sequence, and a chunk and a single token after a long prefix. The factor 6 makes large scores.
@@ -658,12 +673,11 @@ def computes_the_same(layer, fast, block_size):
 
 
 def replace(model, plain, fast):
-    """Replaces the layers of exactly the class `plain`, if they compute the same as their replacements. It compares
-    every attention, because a changed model.py may have different ones. Of PyTorch's own layers, one is enough. Dropout
-    is random, so only the tests compare it."""
-    layers = [module for module in model.modules() if type(module) is plain
-              and (fast is not PackedLinear or module.weight.numel() >= PackedLinear.smallest)
-              and (fast is not FastGELU or module.approximate == "tanh")]
+    """Replaces the layers of exactly the class `plain` that suit the class `fast`, if they compute the same as their
+    replacements. It compares every attention, because a changed model.py may have different ones. Of PyTorch's own
+    layers, one is enough. Dropout is random, so only the tests compare it."""
+    layers = [module for module in model.modules()
+              if type(module) is plain and (not hasattr(fast, "suits") or fast.suits(module))]
     compared = [] if fast is FastDropout else layers if plain is CausalSelfAttention else layers[:1]
     if not all(computes_the_same(layer, fast, model.config.block_size) for layer in compared):
         return stay_plain(plain, fast)
@@ -738,7 +752,9 @@ def for_inference(model, dtype="float32", compile=False):
     before = {module: module.weight for module in model.modules() if type(module) is nn.Linear}
     was_tied = model.lm_head.weight is model.wte.weight
     if dtype == "int8":
-        replace(model, nn.Linear, Int8Linear if compile else Int8KernelLinear)
+        if not compile:
+            replace(model, nn.Linear, Int8KernelLinear)
+        replace(model, nn.Linear, Int8Linear)  # those that are left
     elif compile:
         replace(model, nn.Linear, FastLinear)
     elif dtype == "float32" and device.type == "cpu" and torch.backends.mkldnn.is_available():

@@ -31,35 +31,38 @@ def schedule(step, warmup_iters, decay_iters, final, curve="cosine"):
 # --- Muon ---
 
 A, B, C = 3.4445, -4.7750, 2.0315  # coefficients of the iteration below (Jordan et al. 2024)
+STEPS = 5
 
 
-def orthogonalize(m, steps=5):
+def orthogonalize(m):
     """(N, rows, cols) -> the same matrices with all singular values brought near 1, by the Newton-Schulz iteration
     X <- A X + B (X Xt) X + C (X Xt)^2 X. The coefficients trade exactness for speed: values above 0.002 of the norm end
     between 0.68 and 1.21. Smaller ones stay smaller."""
-    if m.size(-2) > m.size(-1):  # then the transpose has the smaller X Xt
-        return orthogonalize(m.mT, steps).mT
+    rows, cols = m.shape[-2:]
+    if rows > cols:  # then the transpose has the smaller X Xt
+        return orthogonalize(m.mT).mT
     # The iteration needs singular values of at most 1. None is larger than the norm.
     m = m / torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    if m.size(-1) >= 2 * m.size(-2) and m.device.type == "cpu" and m.itemsize > 2:  # fewer multiplications
-        return multiplied_factors(m @ m.mT, steps) @ m
-    for _ in range(steps):
+    if cols >= 2 * rows and rows >= 64 and m.device.type == "cpu" and m.itemsize > 2:  # fewer multiplications
+        return multiplied_factors(m @ m.mT) @ m
+    for _ in range(STEPS):
         gram = m @ m.mT  # X Xt
         # A X + (B gram + C gram^2) X; baddbmm(x, y, z, beta, alpha) is beta * x + alpha * (y @ z)
         m = torch.baddbmm(m, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), m, beta=A)
     return m
 
 
-def multiplied_factors(gram, steps):
+def multiplied_factors(gram):
     """X Xt (N, rows, rows) -> the product of all factors by which the iteration multiplies X. Each step multiplies X by
     F = A I + B (X Xt) + C (X Xt)^2, and therefore X Xt by F from both sides. So the steps need only X Xt, which is
-    smaller than a wide X (Amsel et al. 2025, "The Polar Express", appendix F). 16 bits or TF32 are too few for this."""
+    smaller than a wide X (Amsel et al. 2025, "The Polar Express", appendix F). A step multiplies the rounding errors of
+    X Xt by up to twelve, so this needs float32 and few steps."""
     product = None
-    for step in range(steps):
+    for step in range(STEPS):
         factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
         factor.diagonal(dim1=-2, dim2=-1).add_(A)
         product = factor if product is None else factor @ product
-        if step < steps - 1:
+        if step < STEPS - 1:
             gram = factor @ gram @ factor
     return product
 
