@@ -43,7 +43,8 @@ def orthogonalize(m):
         return orthogonalize(m.mT).mT
     # The iteration needs singular values of at most 1. None is larger than the norm.
     m = m / torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    if cols >= 2 * rows and rows >= 64 and m.device.type == "cpu" and m.itemsize > 2:  # fewer multiplications
+    if cols >= 2 * rows and rows >= 64 and m.device.type == "cpu" and m.itemsize > 2:
+        # Fewer multiplications, which pays from about 64 rows on.
         return multiplied_factors(m @ m.mT) @ m
     for _ in range(STEPS):
         gram = m @ m.mT  # X Xt
@@ -56,7 +57,7 @@ def multiplied_factors(gram):
     """X Xt (N, rows, rows) -> the product of all factors by which the iteration multiplies X. Each step multiplies X by
     F = A I + B (X Xt) + C (X Xt)^2, and therefore X Xt by F from both sides. So the steps need only X Xt, which is
     smaller than a wide X (Amsel et al. 2025, "The Polar Express", appendix F). A step multiplies the rounding errors of
-    X Xt by up to twelve, so this needs float32 and few steps."""
+    X Xt by up to twelve, so this needs float32 (without TF32, so it is left to CPUs) and few steps."""
     product = None
     for step in range(STEPS):
         factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
