@@ -6,6 +6,7 @@ more with a mistake planted in the replacement, where it must fail.
 import copy
 import functools
 import math
+import pickle
 import shutil
 from unittest import mock
 
@@ -28,6 +29,7 @@ from fast import (
     PackedLinear,
     PaddedLinear,
     StaticCache,
+    TransposedLinear,
     for_inference,
     for_training,
     restore,
@@ -212,7 +214,11 @@ def check_linear(cls, dtype, out, rows, bias):
     x = torch.randn(2, rows, 48).to(dtype)[:, :, ::2]
     weight, offset = plain.weight.double(), plain.bias.double() if bias else None
     with torch.no_grad():
-        assert_as_exact(fast.twin(plain, cls)(x), plain(x), F.linear(x.double(), weight, offset))
+        for some in (x, x[0], x[0, 0], x[:, :0]):
+            y = fast.twin(plain, cls)(some)
+            assert y.shape == (*some.shape[:-1], out)
+            if some.numel():
+                assert_as_exact(y, plain(some), F.linear(some.double(), weight, offset))
 
 
 @pytest.mark.parametrize("out", [3, 8, 50, 64])
@@ -224,6 +230,7 @@ def test_linear_layers(out, rows, bias):
         if not bias:  # it is for the head, which has none
             check_linear(PaddedLinear, dtype, out, rows, bias)
     check_linear(PackedLinear, torch.float32, out, rows, bias)
+    check_linear(TransposedLinear, torch.float32, out, rows, bias)
 
 
 @pytest.mark.parametrize("instructions", ["AVX2", "AVX512"])
@@ -267,7 +274,7 @@ def test_the_padded_head():
     assert model(x)[0].shape == (2, 9, 37) and list(model.state_dict()) == list(state)
     assert_as_exact(model(x)[0], None, exact)
     for_inference(model)
-    assert type(model.lm_head) is PackedLinear
+    assert type(model.lm_head) is fast.EagerLinear
     assert_as_exact(model(x)[0], None, exact)
     for head in (nn.Linear(15, 128, bias=False), nn.Linear(15, 37)):  # needs no padding, or has a bias
         other = random_model(0)
@@ -688,11 +695,39 @@ def test_a_prepared_model_in_float32_writes_what_the_plain_one_does():
     assert torch.equal(model.generate(idx, 40, top_k=10, generator=torch.Generator().manual_seed(0)), drawn)
 
 
-def test_only_large_weights_are_packed(monkeypatch):
+@pytest.fixture(params=[PackedLinear, TransposedLinear])
+def eager_linear(request, monkeypatch):
+    """Each of the two classes, whatever this machine's processor."""
+    monkeypatch.setattr(fast, "EagerLinear", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_each_eager_linear(eager_linear, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_inference("float32", False)
+        check_inference("float32", False, tied=True, bias=False, n_layer=2)
+    finally:
+        torch.set_num_threads(before)
+    for tied in (True, False):
+        test_what_a_prepared_model_still_does("float32", False, tied)
+    model = for_inference(random_model(0))
+    assert eager_linear in classes(model) and eager_linear in classes(copy.deepcopy(model))
+
+
+def test_copies_of_a_transposed_weight_are_no_larger():
+    layer = fast.twin(nn.Linear(24, 50), TransposedLinear)
+    for one in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert one.parts.data_ptr() == one.weight.data_ptr()
+
+
+def test_only_large_weights_are_rearranged(monkeypatch, eager_linear):
     monkeypatch.setattr(PackedLinear, "smallest", 4 * 48 * 48)
     model = for_inference(random_model(0, n_embd=48))
     for block in model.h:
-        assert [type(x) for x in (block.mlp.c_fc, block.mlp.c_proj)] == [PackedLinear] * 2
+        assert [type(x) for x in (block.mlp.c_fc, block.mlp.c_proj)] == [eager_linear] * 2
         assert [type(x) for x in (block.attn.c_attn, block.attn.c_proj)] == [nn.Linear] * 2
 
 
@@ -701,7 +736,8 @@ def test_preparing_twice():
     expected = for_inference(copy.deepcopy(model))(idx)[0]
     for_training(model)
     for_inference(model)  # takes back what for_training did
-    assert torch.equal(model(idx)[0], expected) and PackedLinear in classes(model) and FastLinear not in classes(model)
+    assert torch.equal(model(idx)[0], expected)
+    assert fast.EagerLinear in classes(model) and FastLinear not in classes(model)
     for prepare in (for_inference, for_training):
         with pytest.raises(RuntimeError, match="prepared for inference already"):
             prepare(model)
@@ -779,14 +815,15 @@ def test_a_weight_that_is_used_directly_keeps_its_layout(dtype, compile, capsys)
     for_inference(model, dtype, compile)
     assert_as_exact(model(idx)[0], plain, exact)
     assert model.num_parameters() == numbers
-    layout_changes = dtype == "int8" or (dtype, compile) == ("float32", False)
+    layout_changes = dtype == "int8" or ((dtype, compile) == ("float32", False) and fast.EagerLinear is PackedLinear)
     assert capsys.readouterr().err.count("fast.py: Linear computes something else") == layout_changes
 
 
 # --- mistakes in the replacements: the comparisons above find them, and so does fast.py itself ---
 
 attend = {cls: cls.attend for cls in (FusedAttention, CompiledAttention)}
-prepare_packed, prepare_int8, forward_dropout = PackedLinear.prepare, Int8Linear.prepare, FastDropout.forward
+prepare = {cls: cls.prepare for cls in (PackedLinear, TransposedLinear)}
+prepare_int8, forward_dropout = Int8Linear.prepare, FastDropout.forward
 sigmoid_of, gelu_forward = fast.SigmoidGELU.sigmoid, fast.SigmoidGELU.forward
 few_rows, words_times_row = fast.few_rows, fast.words_times_row
 
@@ -803,11 +840,17 @@ def fused_gradient_lost(self, q, k, v, positions):
     return attend[FusedAttention](self, q, k.detach(), v, positions)
 
 
-def packed_with_a_block_transposed(self):
+def weight_with_a_block_transposed(self):
     weight = self.weight.detach().clone()
     weight[:3, :3] = self.weight[:3, :3].T
     self.weight = nn.Parameter(weight)
-    prepare_packed(self)
+    prepare[type(self)](self)
+
+
+def transposed_without_bias_for_one_row(self, x):
+    if x.numel() == self.in_features:
+        return F.linear(x, self.weight)
+    return F.linear(x, self.weight, self.bias)
 
 
 def fast_linear_without_bias(self, x):
@@ -892,8 +935,12 @@ MISTAKES = [
     (FusedAttention, "attend", fused_gradient_lost, lambda: check_attention(FusedAttention, torch.float32, 7, 7)),
     (CompiledAttention, "attend", compiled_mask_off_by_one,
      lambda: check_attention(CompiledAttention, torch.float32, 1, 9)),
-    (PackedLinear, "prepare", packed_with_a_block_transposed,
+    (PackedLinear, "prepare", weight_with_a_block_transposed,
      lambda: check_linear(PackedLinear, torch.float32, 8, 3, True)),
+    (TransposedLinear, "prepare", weight_with_a_block_transposed,
+     lambda: check_linear(TransposedLinear, torch.float32, 8, 3, True)),
+    (TransposedLinear, "forward", transposed_without_bias_for_one_row,
+     lambda: check_linear(TransposedLinear, torch.float32, 8, 3, True)),
     (FastLinear, "forward", fast_linear_without_bias, lambda: check_linear(FastLinear, torch.float32, 8, 3, True)),
     (FastLinear, "forward", fast_linear_with_a_block_transposed,
      lambda: check_linear(FastLinear, torch.float64, 8, 3, True)),
@@ -926,16 +973,20 @@ def test_the_comparisons_find(monkeypatch, graph_only, where, what, wrong, check
     (FusedAttention, "attend", fused_with_another_scale, lambda: check_training(torch.float32)),
     (FusedAttention, "attend", fused_gradient_lost, lambda: check_training(torch.float32)),
     (CompiledAttention, "attend", compiled_mask_off_by_one, lambda: check_inference("float32", True)),
-    (PackedLinear, "prepare", packed_with_a_block_transposed, lambda: check_inference("float32", False)),
+    (PackedLinear, "prepare", weight_with_a_block_transposed, lambda: check_inference("float32", False)),
+    (TransposedLinear, "prepare", weight_with_a_block_transposed, lambda: check_inference("float32", False)),
+    (TransposedLinear, "forward", transposed_without_bias_for_one_row, lambda: check_inference("float32", False)),
     (Int8Linear, "prepare", int8_with_another_scale, lambda: check_inference("int8", False))])
 def test_the_comparisons_of_whole_models_find(monkeypatch, graph_only, where, what, wrong, check):
     monkeypatch.setattr(where, what, wrong)
+    if where in prepare:
+        monkeypatch.setattr(fast, "EagerLinear", where)
     monkeypatch.setattr(fast, "computes_the_same", lambda *args: True)  # which would leave the replacement out
     with pytest.raises(AssertionError):
         check()
 
 
-@pytest.mark.parametrize("prepare, where, what, wrong, plain", [
+@pytest.mark.parametrize("prepare_as, where, what, wrong, plain", [
     (for_training, FusedAttention, "attend", fused_with_another_scale, CausalSelfAttention),
     (for_inference, FusedAttention, "attend", fused_with_another_scale, CausalSelfAttention),
     (functools.partial(for_inference, compile=True), CompiledAttention, "attend", compiled_mask_off_by_one,
@@ -943,12 +994,16 @@ def test_the_comparisons_of_whole_models_find(monkeypatch, graph_only, where, wh
     (for_training, FastGELU, "forward", exact_gelu, nn.GELU),
     (for_training, fast.SigmoidGELU, "forward", staticmethod(gelu_with_another_derivative), nn.GELU),
     (for_training, fast.SigmoidGELU, "forward", staticmethod(exact_gelu_with_the_other_derivative), nn.GELU),
-    (for_inference, PackedLinear, "prepare", packed_with_a_block_transposed, nn.Linear)])
-def test_a_replacement_with_a_mistake_is_left_out(monkeypatch, capsys, prepare, where, what, wrong, plain):
+    (for_inference, PackedLinear, "prepare", weight_with_a_block_transposed, nn.Linear),
+    (for_inference, TransposedLinear, "prepare", weight_with_a_block_transposed, nn.Linear),
+    (for_inference, TransposedLinear, "forward", transposed_without_bias_for_one_row, nn.Linear)])
+def test_a_replacement_with_a_mistake_is_left_out(monkeypatch, capsys, prepare_as, where, what, wrong, plain):
     model, idx = random_model(0), torch.randint(37, (1, 9))
     exact = copy.deepcopy(model).double()(idx)[0]
     monkeypatch.setattr(where, what, wrong)
-    prepare(model)
+    if where in prepare:
+        monkeypatch.setattr(fast, "EagerLinear", where)
+    prepare_as(model)
     layer = FastGELU if plain is nn.GELU else where
     assert layer not in classes(model) and plain in classes(model)
     assert_as_exact(model(idx)[0], None, exact)
