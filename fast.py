@@ -90,8 +90,8 @@ class FusedAttention(CausalSelfAttention):
 
 
 class CompiledAttention(CausalSelfAttention):
-    """Attention for a model whose decoding is compiled. A StaticCache returns its whole capacity, so the mask must hide
-    the keys that are not filled yet."""
+    """Attention for a model whose decoding is compiled. A StaticCache returns its whole capacity, and not all of it is
+    filled yet."""
 
     def attend(self, q, k, v, positions):
         """q (B, nh, T, hs), k and v (B, nh, S, hs) -> (B, nh, T, hs)."""
@@ -100,9 +100,17 @@ class CompiledAttention(CausalSelfAttention):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         if T > 1:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(positions, S, q.dtype))
+        mask = 0.0
+        if q.device.type == "cpu":  # read what is filled, and no more
+            filled = positions.item() + 1
+            torch._check(1 <= filled)  # the compiler must know the limits of a number that it does not know
+            torch._check(filled <= S)
+            k, v = k.narrow(2, 0, filled), v.narrow(2, 0, filled)
+        else:  # in a CUDA graph, no shape may change
+            mask = causal_mask(positions, S, torch.float32)
         # For one query the compiler turns sums into loops that read each key and value once.
         scores = (stored(q.float()) * k.float()).sum(-1) / math.sqrt(q.size(-1))          # (B, nh, S)
-        weights = F.softmax(scores + causal_mask(positions, S, torch.float32), dim=-1)   # (B, nh, S)
+        weights = F.softmax(scores + mask, dim=-1)                                        # (B, nh, S)
         return (weights[..., None] * v.float()).sum(-2, keepdim=True).to(q.dtype)         # (B, nh, 1, hs)
 
 
@@ -464,6 +472,7 @@ def compiler_options(dtype):
 def step_compiled_here(device, dtype):
     """The step for one token, compiled in this process for each shape of the cache. On CUDA it becomes a CUDA graph."""
     torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.capture_scalar_outputs = True  # CompiledAttention has one
     how = {"mode": "reduce-overhead"} if device == "cuda" else {"options": compiler_options(dtype)}
     return torch.compile(Prepared.plain_step, dynamic=False, **how)
 
