@@ -473,8 +473,9 @@ def step_compiled_here(device, dtype):
     """The step for one token, compiled in this process for each shape of the cache. On CUDA it becomes a CUDA graph."""
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.capture_scalar_outputs = True  # CompiledAttention has one
-    how = {"mode": "reduce-overhead"} if device == "cuda" else {"options": compiler_options(dtype)}
-    return torch.compile(Prepared.plain_step, dynamic=False, **how)
+    if device == "cuda":
+        return torch.compile(Prepared.plain_step, dynamic=False, mode="reduce-overhead")
+    return torch.compile(Prepared.plain_step, options=compiler_options(dtype))
 
 
 class Step(nn.Module):
@@ -492,13 +493,17 @@ class Step(nn.Module):
 
 
 def export_step(model, cache):
-    """The step for caches of this shape as a graph of operators."""
+    """The step for caches of this batch size and, beyond 1, of any capacity, as a graph of operators."""
     example = torch.zeros(cache.k[0].size(0), dtype=torch.long), cache.length, cache.k, cache.v
-    return torch.export.export(Step(model, cache), example, strict=False)
+    shapes = None
+    if cache.capacity > 1:
+        capacity = [{2: torch.export.Dim("capacity", min=2, max=model.config.block_size)}] * len(cache.k)
+        shapes = {"token": None, "length": None, "k": capacity, "v": capacity}
+    return torch.export.export(Step(model, cache), example, dynamic_shapes=shapes, strict=False)
 
 
 def make_library(path, model, cache):
-    """Compiles the step for caches of this shape into a library at `path`. The weights are not in it."""
+    """Compiles the step for caches of this batch size into a library at `path`. The weights are not in it."""
     torch._inductor.aoti_compile_and_package(export_step(model, cache), package_path=str(path), inductor_configs={
         "aot_inductor.package_constants_in_so": False, **compiler_options(model.prepared_as[0])})
 
@@ -528,7 +533,12 @@ def load_library(path, model, cache):
 
 
 LIBRARIES = Path(__file__).resolve().parent / "data" / "compiled"
-steps = weakref.WeakKeyDictionary()  # {model: {(batch, capacity): its compiled step}}
+steps = weakref.WeakKeyDictionary()  # {model: {(batch size, whether the capacity is above 1): its compiled step}}
+
+
+def shape_of(cache):
+    """The batch size and whether the capacity is above 1. The step is compiled for each of these."""
+    return cache.k[0].size(0), cache.capacity > 1
 
 
 def library_key(model, cache):
@@ -542,12 +552,12 @@ def library_key(model, cache):
         processor += sorted({line for line in f if line.startswith(("model name", "flags", "Features", "CPU part"))})
     shapes = [(name, t.shape, t.dtype) for name, t in (*model.named_parameters(), *model.named_buffers())]
     parts = (code, processor, torch.__version__, torch.get_num_threads(), str(model), model.config, model.prepared_as,
-             shapes, cache.k[0].shape, cache.k[0].dtype)
+             shapes, *shape_of(cache), cache.k[0].dtype)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def library_step(model, cache):
-    """The compiled step for caches of this shape on a CPU. Its library is kept in data/compiled, so that only the first
+    """The compiled step for caches of this batch size on a CPU. Its library is kept in data/compiled, so that only the first
     process compiles it. One that is damaged, or computes something else than model.py, is not used but made anew."""
     key = library_key(model, cache)
     for path in LIBRARIES.glob(f"{key}-*.pt2"):
@@ -571,11 +581,11 @@ def library_step(model, cache):
 
 
 def compiled_step(model, cache):
-    """The compiled step for caches of this shape: (model, token, cache) -> logits."""
+    """The compiled step for caches like this one: (model, token, cache) -> logits."""
     device, dtype = cache.length.device.type, model.prepared_as[0]
     if device != "cpu":
         return step_compiled_here(device, dtype)
-    known, shape = steps.setdefault(model, {}), (cache.k[0].size(0), cache.capacity)
+    known, shape = steps.setdefault(model, {}), shape_of(cache)
     if shape not in known:
         try:
             known[shape] = library_step(model, cache)
@@ -602,11 +612,11 @@ class Prepared:
         return super().num_parameters(embeddings) - (self.lm_head.weight.numel() if self.was_tied else 0)
 
     def new_cache(self, batch_size, length=None):
-        """The plain cache or, for compiled decoding, a StaticCache. Its length is rounded up to a power of two, because
-        the step is compiled for each length."""
+        """The plain cache or, for compiled decoding, a StaticCache. On a GPU, its length is rounded up to a power of
+        two, because the step is compiled for each length there."""
         if not self.prepared_as[1]:
             return super().new_cache(batch_size, length)
-        if length is not None and 0 < length <= self.config.block_size:
+        if length is not None and 0 < length <= self.config.block_size and self.wte.weight.is_cuda:
             length = min(self.config.block_size, 2 ** (length - 1).bit_length())
         return StaticCache(self.config, batch_size, length, self.wte.weight.device, self.wte.weight.dtype,
                            spare=vars(self).setdefault("spare_caches", {}))

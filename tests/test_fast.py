@@ -454,8 +454,8 @@ def test_static_cache_repeats_and_resets():
     model = for_inference(random_model(0), compile=True)
     idx = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(0))
     cache = model.new_cache(2, 9)
-    assert type(cache) is StaticCache and cache.capacity == 16 and model.new_cache(2).capacity == 16
-    assert [model.new_cache(1, n).capacity for n in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
+    assert type(cache) is StaticCache and cache.capacity == 9 and model.new_cache(2).capacity == 16
+    assert [model.new_cache(1, n).capacity for n in (1, 2, 3, 5, 8)] == [1, 2, 3, 5, 8]
     first = model(idx[:, :5], cache=cache)[0]
     repeated = cache.repeat(3)
     rest = model(idx[:, 5:].repeat_interleave(3, 0), cache=repeated)[0]
@@ -639,7 +639,9 @@ def test_inference_compiled(dtype, rows):
     idx = torch.randint(37, (rows, 8), generator=torch.Generator().manual_seed(0))
     exact_model, plain_model = reference(model, dtype)
     for_inference(model, dtype, compile=True)
-    assert_as_exact(logits_along(model, idx, 3), plain_model(idx)[0][:, 2:], exact_model(idx)[0][:, 2:])
+    for n in (8, 5):
+        assert_as_exact(logits_along(model, idx[:, :n], 3), plain_model(idx)[0][:, 2:n], exact_model(idx)[0][:, 2:n])
+    assert len(fast.steps[model]) == 1
     assert_follows(exact_model, model.generate(idx[:, :3], 20, temperature=0), 3, 0.1 if dtype == "bfloat16" else 1e-4)
 
 
@@ -672,9 +674,24 @@ def test_the_key_of_a_compiled_step():
     model = for_inference(random_model(0), compile=True)
     keys = [fast.library_key(m, m.new_cache(B, T)) for m, B, T in (
         (model, 1, 4), (model, 2, 4), (model, 1, 8), (for_inference(random_model(1), compile=True), 1, 4),
+        (model, 1, 1),
         (for_inference(random_model(0, n_head=1), compile=True), 1, 4),
         (for_inference(random_model(0), "bfloat16", compile=True), 1, 4))]
-    assert keys[0] == keys[3] and len(set(keys)) == 5  # the weights' values do not count
+    # The weights' values do not count, nor does the capacity, unless it is 1.
+    assert keys[0] == keys[2] == keys[3] and len(set(keys)) == 5
+
+
+def test_one_step_is_for_caches_of_every_capacity(graph_only):
+    model = random_model(0)
+    idx = torch.randint(37, (2, 16), generator=torch.Generator().manual_seed(0))
+    exact = copy.deepcopy(model).double()(idx)[0]
+    for_inference(model, compile=True)
+    for capacity in (5, 16, 2, 9, 1):
+        cache, logits = model.new_cache(2, capacity), []
+        with torch.no_grad():
+            logits = [model.decode_one_token(token, cache) for token in idx[:, :capacity].unbind(1)]
+        assert_as_exact(torch.stack(logits, 1), None, exact[:, :capacity])
+    assert len(fast.steps[model]) == 2  # and one for a capacity of 1
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
