@@ -212,13 +212,14 @@ def few_rows(x, weight, scale=None, bias=None):
     # An addition takes a CPU several cycles, but it can start another one in each cycle. So four sums are under way at
     # once: those of the rows or, for a single row, those of four parts of the weight.
     together = max(1, 4 // len(rows)) if x.device.type == "cpu" else 1
-    parts = weight.split(max(1, len(weight) // together))
+    size = max(1, len(weight) // together)
     if in_words(weight):
         n = 4 // weight.itemsize  # weights in 32 bits
         rows = stored(rows.unflatten(-1, (-1, n)).mT)  # (rows, n, in / n)
+        parts = weight.view(torch.float32).split(size)
         y = [torch.cat([words_times_row(part, row) for part in parts]) for row in rows]
     else:
-        y = [torch.cat([(part.float() * row).sum(dim=-1) for part in parts]) for row in rows]
+        y = [torch.cat([(part.float() * row).sum(dim=-1) for part in weight.split(size)]) for row in rows]
     y = torch.stack(y)
     y = y if scale is None else y * scale
     y = y if bias is None else y + bias
@@ -232,11 +233,11 @@ def in_words(weight):
             and weight.size(1) * weight.itemsize % 4 == 0)
 
 
-def words_times_row(weight, columns):
-    """A weight (out, in) that is read in words of n numbers, times a row whose columns are sorted by their place in a
-    word, (n, in / n) -> (out,)."""
-    words = weight.view(torch.float32).view(torch.int32)
-    if weight.dtype == torch.int8:
+def words_times_row(words, columns):
+    """A weight in words of n numbers, (out, in / n) in float32, times a row whose columns are sorted by their place in
+    a word, (n, in / n) -> (out,). The numbers are int8 if n is 4, and bfloat16 if n is 2."""
+    words = words.view(torch.int32)
+    if len(columns) == 4:
         numbers = [((words << (24 - 8 * i)) >> 24).float() for i in range(4)]
     else:  # a bfloat16 is the upper half of a float32
         numbers = [(words << 16).view(torch.float32), (words & -2 ** 16).view(torch.float32)]
