@@ -8,25 +8,26 @@ Both change the model in place and return it: a layer gets a subclass that compu
     layer of model.py      becomes           because                                                        gain
     CausalSelfAttention    FusedAttention    PyTorch's fused kernel never stores the T x S scores           1.8x
                                              (but a CPU in bfloat16 trains faster with the plain code)      1.1x
-    nn.Dropout on a CPU    FastDropout       16 random bits decide as well as a float, and cost less        3.2x
-    nn.GELU on a CPU       FastGELU          in float32, GELU is faster by a sigmoid than by tanh           1.4x
-    nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.3x
+    nn.Dropout on a CPU    FastDropout       16 random bits decide as well as a float, and cost less        1.6x
+    nn.GELU on a CPU       FastGELU          in float32, GELU is faster by a sigmoid than by tanh           1.6x
+    nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.2x
                            PackedLinear      a large weight is stored in the order in which oneDNN reads it 1.4x
-    nn.Linear              Int8Linear        a weight takes one byte instead of four                        4.6x
-                           Int8KernelLinear  not compiled: a kernel reads each weight once, as int8         3.9x
+                           TransposedLinear  (but with AVX2, MKL multiplies one row faster by its transpose) 1.9x
+    nn.Linear              Int8Linear        a weight takes one byte instead of four                        4.5x
+                           Int8KernelLinear  not compiled: a kernel reads each weight once, as int8         2.2x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              unmeasured
     GPT, compiled          LossOnly          a training step need not store logits that nobody reads        1.04x
-    decode_one_token       compiled          one loop reads each weight once, whatever its dtype            2.0x
+    decode_one_token       compiled          one loop reads each weight once, whatever its dtype            1.6x
     memory on Linux        kept              what is freed and needed again does not go back to the system  2.0x
 
     python fast.py   # measures these gains on this machine's CPU, but not those of PaddedLinear, LossOnly and memory
 
-The gains above are from two cores of an AMD EPYC (Zen 3), with three exceptions: those of bfloat16 and of memory are
-from a Zen 4, and that of LossOnly is from an NVIDIA H200 (see docs/scaling.md). oneDNN and MKL are the libraries that
-multiply matrices for PyTorch on a CPU. The gains of PackedLinear and Int8KernelLinear are those of a single row. The
-compiled step (in float32) and Int8Linear (compiled) are compared with PackedLinear, and Int8KernelLinear is compared
-with Int8Linear (not compiled). The gain of kept memory is that of a training step on byte pairs, with and without the
-call of keep_memory:
+The gains above are from two cores of an AMD EPYC (Zen 3), each the median of two or three runs, with three exceptions:
+those of bfloat16 and of memory are from a Zen 4, and that of LossOnly is from an NVIDIA H200 (see docs/scaling.md).
+oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gains of PackedLinear, TransposedLinear
+and Int8KernelLinear are those of a single row. The compiled step (in float32) and Int8Linear (compiled) are compared with
+TransposedLinear, and Int8KernelLinear is compared with Int8Linear (not compiled). The gain of kept memory is that of a
+training step on byte pairs, with and without the call of keep_memory:
 
     python bench_train.py config/train_shakespeare_char.py --dataset=shakespeare
 
@@ -309,7 +310,8 @@ class PackedLinear(FastLinear):
 class TransposedLinear(FastLinear):
     """A linear layer whose float32 weight is stored as its transpose (in, out). A row times the weight is then a sum of
     the transpose's rows, each times a number, and each thread adds up a part of them. With AVX2, PyTorch has nothing
-    faster for a single row. More rows take longer than in a PackedLinear: 4 rows a third, 64 a tenth."""
+    faster for a single row. In a large model, several rows take longer than with PackedLinear: 4 rows of GPT-2's layers
+    a third, 64 rows a tenth."""
 
     @staticmethod
     def suits(layer):
@@ -325,10 +327,11 @@ class TransposedLinear(FastLinear):
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
-        if x.numel() != self.in_features:
-            few = x.numel() < 32 * self.in_features  # MKL is faster for many
-            return super().forward(x) if few else F.linear(x, self.weight, self.bias)
-        y = torch.bmm(x.reshape(len(self.parts), 1, -1), self.parts).sum(dim=0)
+        n = x.numel() // self.in_features
+        if not 1 <= n <= 2:
+            return super().forward(x) if n < 32 else F.linear(x, self.weight, self.bias)  # MKL is faster for many rows
+        rows = x.reshape(n, len(self.parts), -1).transpose(0, 1)  # (threads, n, in / threads)
+        y = torch.bmm(rows, self.parts).sum(dim=0)
         y = y if self.bias is None else y.add_(self.bias)
         return y.view(*x.shape[:-1], -1)
 
@@ -887,12 +890,15 @@ def measure():
         compare("FastLinear: 64 rows in float32", lambda: linear(rows), lambda: fast(rows))
         compare("PackedLinear: 1 row in float32", lambda: linear(row), lambda: packed(row))
         compare("PackedLinear: 64 rows in float32", lambda: linear(rows), lambda: packed(rows))
+        transposed = twin(linear, TransposedLinear)
+        compare("TransposedLinear: 1 row in float32", lambda: linear(row), lambda: transposed(row))
+        compare("TransposedLinear: 64 rows in float32", lambda: linear(rows), lambda: transposed(rows))
         int8, kernel, row = twin(linear, Int8Linear), twin(linear, Int8KernelLinear), torch.randn(1, 768)
         compare("Int8KernelLinear: 1 row, against Int8Linear", lambda: int8(row), lambda: kernel(row))
         small = nn.Linear(128, 512)  # a layer of config/train_shakespeare_char.py
         packed_small, row = twin(small, PackedLinear), torch.randn(1, 128)
         compare("PackedLinear: 1 row and a weight too small for it", lambda: small(row), lambda: packed_small(row))
-    model, token = GPT(config).eval(), torch.zeros(1, dtype=torch.long)
+    model, token = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768)).eval(), torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
         eager = for_inference(copy.deepcopy(model))
         for dtype in ("float32", "bfloat16", "int8"):
@@ -902,7 +908,7 @@ def measure():
                 cache = gpt.new_cache(1, 128)
                 return lambda: (cache.reset(), gpt.decode_one_token(token, cache))
 
-            compare(f"a token of GPT-2 124M, compiled in {dtype}, against PackedLinear", decode(eager), decode(other))
+            compare(f"a token of GPT-2 124M, compiled in {dtype}, against eager float32", decode(eager), decode(other))
 
 
 if __name__ == "__main__":
