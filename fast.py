@@ -25,9 +25,9 @@ Both change the model in place and return it: a layer gets a subclass that compu
 The gains above are from two cores of an AMD EPYC (Zen 3), each the median of two or three runs, with three exceptions:
 those of bfloat16 and of memory are from a Zen 4, and that of LossOnly is from an NVIDIA H200 (see docs/scaling.md).
 oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gains of PackedLinear,
-TransposedLinear and Int8KernelLinear are those of a single row. The compiled step (in float32) and Int8Linear (compiled)
-are compared with TransposedLinear, and Int8KernelLinear is compared with Int8Linear (not compiled). The gain of kept
-memory is that of a training step on byte pairs, with and without the call of keep_memory:
+TransposedLinear and Int8KernelLinear are those of a single row. The compiled step (in float32) and Int8Linear
+(compiled) are compared with TransposedLinear, and Int8KernelLinear is compared with Int8Linear (not compiled). The gain
+of kept memory is that of a training step on byte pairs, with and without the call of keep_memory:
 
     python bench_train.py config/train_shakespeare_char.py --dataset=shakespeare
 
