@@ -687,7 +687,7 @@ def test_one_step_is_for_caches_of_every_capacity(graph_only):
     exact = copy.deepcopy(model).double()(idx)[0]
     for_inference(model, compile=True)
     for capacity in (5, 16, 2, 9, 1):
-        cache, logits = model.new_cache(2, capacity), []
+        cache = model.new_cache(2, capacity)
         with torch.no_grad():
             logits = [model.decode_one_token(token, cache) for token in idx[:, :capacity].unbind(1)]
         assert_as_exact(torch.stack(logits, 1), None, exact[:, :capacity])
