@@ -12,7 +12,7 @@ Both change the model in place and return it: a layer gets a subclass that compu
     nn.GELU on a CPU       FastGELU          in float32, GELU is faster by a sigmoid than by tanh           1.6x
     nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.2x
                            PackedLinear      a large weight is stored in the order in which oneDNN reads it 1.4x
-                           TransposedLinear  (but with AVX2, MKL multiplies one row faster by its transpose) 1.9x
+                           SplitLinear       (but with AVX2, MKL multiplies one row faster in large parts)   1.9x
     nn.Linear              Int8Linear        a weight takes one byte instead of four                        4.5x
                            Int8KernelLinear  not compiled: a kernel reads each weight once, as int8         2.2x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              unmeasured
@@ -25,8 +25,8 @@ Both change the model in place and return it: a layer gets a subclass that compu
 The gains above are from two cores of an AMD EPYC (Zen 3), each the median of two or three runs, with three exceptions:
 those of bfloat16 and of memory are from a Zen 4, and that of LossOnly is from an NVIDIA H200 (see docs/scaling.md).
 oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gains of PackedLinear,
-TransposedLinear and Int8KernelLinear are those of a single row. The compiled step (in float32) and Int8Linear
-(compiled) are compared with TransposedLinear, and Int8KernelLinear is compared with Int8Linear (not compiled). The gain
+SplitLinear and Int8KernelLinear are those of a single row. The compiled step (in float32) and Int8Linear
+(compiled) are compared with SplitLinear, and Int8KernelLinear is compared with Int8Linear (not compiled). The gain
 of kept memory is that of a training step on byte pairs, with and without the call of keep_memory:
 
     python bench_train.py config/train_shakespeare_char.py --dataset=shakespeare
@@ -81,15 +81,15 @@ class FusedAttention(CausalSelfAttention):
     def attend(self, q, k, v, positions):
         """q (B, nh, T, hs), k and v (B, nh, S, hs) -> (B, nh, T, hs). The T queries are the newest of S positions."""
         T, S = q.size(-2), k.size(-2)
+        if T == 1 and not self.training:  # the newest position may see every key
+            return F.scaled_dot_product_attention(q, k, v)
         dropout_p = self.attn_dropout.p if self.training else 0.0
         if q.device.type == "cpu" and (dropout_p > 0.0 or (q.dtype == torch.bfloat16 and q.requires_grad)):
             # The CPU's fused kernel has no dropout, and its backward pass in bfloat16 is slow.
             return super().attend(q, k, v, positions)
         if T == S:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
-        # With cached keys, is_causal=True would treat the first query as position 0. A single query is the newest
-        # position and may see every key.
-        mask = None if T == 1 else causal_mask(positions, S, q.dtype)
+        mask = causal_mask(positions, S, q.dtype)  # is_causal=True would treat the first query as position 0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
 
 
@@ -310,11 +310,12 @@ class PackedLinear(FastLinear):
         self.prepare()
 
 
-class TransposedLinear(FastLinear):
-    """A linear layer whose float32 weight is stored as its transpose (in, out). A row times the weight is then a sum of
-    the transpose's rows, each times a number, and each thread adds up a part of them. With AVX2, PyTorch has nothing
-    faster for a single row. In a large model, several rows take longer than with PackedLinear: 4 rows of GPT-2's layers
-    a third, 64 rows a tenth."""
+class SplitLinear(FastLinear):
+    """A linear layer that multiplies a single row by torch.bmm, in which each thread takes a part of the float32
+    weight. With AVX2, PyTorch has nothing faster for that. Memory is read faster if the rows of a part are long. So a
+    weight with more inputs than outputs is split by outputs. Any other is stored as its transpose (in, out) and split
+    by inputs, and the outputs of the parts are added. In a large model, several rows take longer than with
+    PackedLinear: 4 rows of GPT-2's layers a third, 64 rows a tenth."""
 
     @staticmethod
     def suits(layer):
@@ -322,24 +323,35 @@ class TransposedLinear(FastLinear):
         return PackedLinear.suits(layer)
 
     def prepare(self):
-        """Changes the order of the weight in memory. Its shape stays (out, in)."""
-        transpose = self.weight.detach().t().contiguous()
-        self.weight = nn.Parameter(transpose.t(), requires_grad=False)
-        threads = max(n for n in range(1, torch.get_num_threads() + 1) if self.in_features % n == 0)
-        self.parts = transpose.view(threads, -1, self.out_features)  # the same memory
+        """Splits the weight. Its shape stays (out, in)."""
+        weight, out = self.weight.detach(), self.out_features
+        bias = torch.zeros(out) if self.bias is None else self.bias.detach()
+        self.by_outputs = self.in_features >= out
+        size = out if self.by_outputs else self.in_features
+        n = max(n for n in range(1, torch.get_num_threads() + 1) if size % n == 0)
+        if self.by_outputs:
+            self.parts = weight.view(n, -1, self.in_features).mT             # (n, in, out / n)
+            self.start = bias.view(n, 1, -1)                                 # (n, 1, out / n)
+        else:
+            weight = weight.t().contiguous()
+            self.weight = nn.Parameter(weight.t(), requires_grad=False)
+            self.parts = weight.view(n, -1, out)                             # (n, in / n, out)
+            self.start = F.pad(bias.view(1, 1, -1), (0, 0, 0, 0, 0, n - 1))  # (n, 1, out): the bias, then zeros
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
-        n = x.numel() // self.in_features
-        if not 1 <= n <= 2:
-            return super().forward(x) if n < 32 else F.linear(x, self.weight, self.bias)  # MKL is faster for many rows
-        rows = x.reshape(n, len(self.parts), -1).transpose(0, 1)  # (threads, n, in / threads)
-        y = torch.bmm(rows, self.parts).sum(dim=0)
-        y = y if self.bias is None else y.add_(self.bias)
-        return y.view(*x.shape[:-1], -1)
+        if x.shape[:-1] != (1, 1):
+            many = x.numel() >= 128 * x.size(-1)  # rows for which MKL is faster than oneDNN
+            return F.linear(x, self.weight, self.bias) if many else super().forward(x)
+        # The row of one token. The weights push all else out of the processor's caches, so even a small operation takes
+        # long here, and there are as few as possible.
+        n = len(self.parts)
+        if self.by_outputs:
+            return torch.baddbmm(self.start, x.expand(n, -1, -1), self.parts).view(1, 1, -1)
+        return torch.baddbmm(self.start, x.reshape(n, 1, -1), self.parts).sum(dim=0, keepdim=True)
 
     def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name != "parts"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("parts", "start")}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -347,7 +359,7 @@ class TransposedLinear(FastLinear):
 
 
 # What large layers become in float32 if the model is not compiled. It depends on the processor.
-EagerLinear = TransposedLinear if INSTRUCTIONS == "AVX2" and torch.backends.mkl.is_available() else PackedLinear
+EagerLinear = SplitLinear if INSTRUCTIONS == "AVX2" and torch.backends.mkl.is_available() else PackedLinear
 
 
 class PaddedLinear(nn.Linear):
@@ -672,7 +684,7 @@ def twin(layer, fast):
 def become(layer, fast):
     """Gives the layer the class `fast`, in place, and its weight the layout that the class needs."""
     layer.__class__ = fast
-    if issubclass(fast, (PackedLinear, TransposedLinear, Int8Linear)):
+    if issubclass(fast, (PackedLinear, SplitLinear, Int8Linear)):
         layer.prepare()
     return layer
 
@@ -721,7 +733,7 @@ def computes_the_same(layer, fast, block_size):
             tolerance = None
             if fast is Int8KernelLinear:
                 x, tolerance = x.bfloat16().float(), 2 ** -8  # only the outputs need to be rounded now
-            return all(same(new(rows), layer(rows), tolerance) for rows in (x, x[:1]))
+            return all(same(new(rows), layer(rows), tolerance) for rows in (x, x[:1], x[None, :1]))
         # A whole sequence, and a chunk and a single token after a long prefix. The factor 6 makes large scores.
         # Together they reveal a limit on the scores or on the distance, if someone has added one to model.py.
         for T, S in ((min(16, block_size),) * 2, (min(5, block_size), block_size), (1, block_size)):
@@ -833,7 +845,8 @@ def for_inference(model, dtype="float32", compile=False):
                 stay_plain(nn.Linear, type(layer))
             layer.__class__, layer.weight = nn.Linear, weight
             layer._buffers.pop("scale", None)
-            vars(layer).pop("parts", None)
+            for name in ("parts", "start", "by_outputs"):
+                vars(layer).pop(name, None)
     mix_in(Prepared, model)
     model.prepared_as = dtype, compile
     model.was_tied = was_tied and model.lm_head.weight is not model.wte.weight
@@ -894,9 +907,9 @@ def measure():
         compare("FastLinear: 64 rows in float32", lambda: linear(rows), lambda: fast(rows))
         compare("PackedLinear: 1 row in float32", lambda: linear(row), lambda: packed(row))
         compare("PackedLinear: 64 rows in float32", lambda: linear(rows), lambda: packed(rows))
-        transposed = twin(linear, TransposedLinear)
-        compare("TransposedLinear: 1 row in float32", lambda: linear(row), lambda: transposed(row))
-        compare("TransposedLinear: 64 rows in float32", lambda: linear(rows), lambda: transposed(rows))
+        split, one = twin(linear, SplitLinear), row[None]
+        compare("SplitLinear: 1 row in float32", lambda: linear(one), lambda: split(one))
+        compare("SplitLinear: 64 rows in float32", lambda: linear(rows), lambda: split(rows))
         int8, kernel, row = twin(linear, Int8Linear), twin(linear, Int8KernelLinear), torch.randn(1, 768)
         compare("Int8KernelLinear: 1 row, against Int8Linear", lambda: int8(row), lambda: kernel(row))
         small = nn.Linear(128, 512)  # a layer of config/train_shakespeare_char.py

@@ -28,8 +28,8 @@ from fast import (
     Int8Linear,
     PackedLinear,
     PaddedLinear,
+    SplitLinear,
     StaticCache,
-    TransposedLinear,
     for_inference,
     for_training,
     restore,
@@ -214,7 +214,7 @@ def check_linear(cls, dtype, out, rows, bias):
     x = torch.randn(2, rows, 48).to(dtype)[:, :, ::2]
     weight, offset = plain.weight.double(), plain.bias.double() if bias else None
     with torch.no_grad():
-        for some in (x, x[0], x[0, 0], x[:, :0]):
+        for some in (x, x[0], x[0, 0], x[:1, :1], x[:, :0]):
             y = fast.twin(plain, cls)(some)
             assert y.shape == (*some.shape[:-1], out)
             if some.numel():
@@ -230,7 +230,7 @@ def test_linear_layers(out, rows, bias):
         if not bias:  # it is for the head, which has none
             check_linear(PaddedLinear, dtype, out, rows, bias)
     check_linear(PackedLinear, torch.float32, out, rows, bias)
-    check_linear(TransposedLinear, torch.float32, out, rows, bias)
+    check_linear(SplitLinear, torch.float32, out, rows, bias)
 
 
 @pytest.mark.parametrize("instructions", ["AVX2", "AVX512"])
@@ -712,7 +712,7 @@ def test_a_prepared_model_in_float32_writes_what_the_plain_one_does():
     assert torch.equal(model.generate(idx, 40, top_k=10, generator=torch.Generator().manual_seed(0)), drawn)
 
 
-@pytest.fixture(params=[PackedLinear, TransposedLinear])
+@pytest.fixture(params=[PackedLinear, SplitLinear])
 def eager_linear(request, monkeypatch):
     """Each of the two classes, whatever this machine's processor."""
     monkeypatch.setattr(fast, "EagerLinear", request.param)
@@ -734,8 +734,9 @@ def test_each_eager_linear(eager_linear, threads):
     assert eager_linear in classes(model) and eager_linear in classes(copy.deepcopy(model))
 
 
-def test_copies_of_a_transposed_weight_are_no_larger():
-    layer = fast.twin(nn.Linear(24, 50), TransposedLinear)
+@pytest.mark.parametrize("out", [10, 50])
+def test_the_parts_of_a_weight_take_no_memory(out):
+    layer = fast.twin(nn.Linear(24, out), SplitLinear)
     for one in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert one.parts.data_ptr() == one.weight.data_ptr()
 
@@ -839,7 +840,7 @@ def test_a_weight_that_is_used_directly_keeps_its_layout(dtype, compile, capsys)
 # --- mistakes in the replacements: the comparisons above find them, and so does fast.py itself ---
 
 attend = {cls: cls.attend for cls in (FusedAttention, CompiledAttention)}
-prepare = {cls: cls.prepare for cls in (PackedLinear, TransposedLinear)}
+prepare = {cls: cls.prepare for cls in (PackedLinear, SplitLinear)}
 prepare_int8, forward_dropout = Int8Linear.prepare, FastDropout.forward
 sigmoid_of, gelu_forward = fast.SigmoidGELU.sigmoid, fast.SigmoidGELU.forward
 few_rows, words_times_row = fast.few_rows, fast.words_times_row
@@ -864,10 +865,13 @@ def weight_with_a_block_transposed(self):
     prepare[type(self)](self)
 
 
-def transposed_without_bias_for_one_row(self, x):
-    if x.numel() == self.in_features:
-        return F.linear(x, self.weight)
-    return F.linear(x, self.weight, self.bias)
+def split_without_bias(self, x):
+    return F.linear(x, self.weight, self.bias if x.shape[:-1] != (1, 1) else None)
+
+
+def split_with_the_bias_twice(self):
+    prepare[SplitLinear](self)
+    self.start = self.start * 2
 
 
 def fast_linear_without_bias(self, x):
@@ -954,10 +958,12 @@ MISTAKES = [
      lambda: check_attention(CompiledAttention, torch.float32, 1, 9)),
     (PackedLinear, "prepare", weight_with_a_block_transposed,
      lambda: check_linear(PackedLinear, torch.float32, 8, 3, True)),
-    (TransposedLinear, "prepare", weight_with_a_block_transposed,
-     lambda: check_linear(TransposedLinear, torch.float32, 8, 3, True)),
-    (TransposedLinear, "forward", transposed_without_bias_for_one_row,
-     lambda: check_linear(TransposedLinear, torch.float32, 8, 3, True)),
+    (SplitLinear, "prepare", weight_with_a_block_transposed,
+     lambda: check_linear(SplitLinear, torch.float32, 8, 3, True)),
+    (SplitLinear, "forward", split_without_bias,
+     lambda: check_linear(SplitLinear, torch.float32, 8, 3, True)),
+    (SplitLinear, "prepare", split_with_the_bias_twice, lambda: check_linear(SplitLinear, torch.float32, 8, 3, True)),
+    (SplitLinear, "prepare", split_with_the_bias_twice, lambda: check_linear(SplitLinear, torch.float32, 50, 3, True)),
     (FastLinear, "forward", fast_linear_without_bias, lambda: check_linear(FastLinear, torch.float32, 8, 3, True)),
     (FastLinear, "forward", fast_linear_with_a_block_transposed,
      lambda: check_linear(FastLinear, torch.float64, 8, 3, True)),
@@ -991,8 +997,8 @@ def test_the_comparisons_find(monkeypatch, graph_only, where, what, wrong, check
     (FusedAttention, "attend", fused_gradient_lost, lambda: check_training(torch.float32)),
     (CompiledAttention, "attend", compiled_mask_off_by_one, lambda: check_inference("float32", True)),
     (PackedLinear, "prepare", weight_with_a_block_transposed, lambda: check_inference("float32", False)),
-    (TransposedLinear, "prepare", weight_with_a_block_transposed, lambda: check_inference("float32", False)),
-    (TransposedLinear, "forward", transposed_without_bias_for_one_row, lambda: check_inference("float32", False)),
+    (SplitLinear, "prepare", weight_with_a_block_transposed, lambda: check_inference("float32", False)),
+    (SplitLinear, "forward", split_without_bias, lambda: check_inference("float32", False)),
     (Int8Linear, "prepare", int8_with_another_scale, lambda: check_inference("int8", False))])
 def test_the_comparisons_of_whole_models_find(monkeypatch, graph_only, where, what, wrong, check):
     monkeypatch.setattr(where, what, wrong)
@@ -1012,8 +1018,8 @@ def test_the_comparisons_of_whole_models_find(monkeypatch, graph_only, where, wh
     (for_training, fast.SigmoidGELU, "forward", staticmethod(gelu_with_another_derivative), nn.GELU),
     (for_training, fast.SigmoidGELU, "forward", staticmethod(exact_gelu_with_the_other_derivative), nn.GELU),
     (for_inference, PackedLinear, "prepare", weight_with_a_block_transposed, nn.Linear),
-    (for_inference, TransposedLinear, "prepare", weight_with_a_block_transposed, nn.Linear),
-    (for_inference, TransposedLinear, "forward", transposed_without_bias_for_one_row, nn.Linear)])
+    (for_inference, SplitLinear, "prepare", weight_with_a_block_transposed, nn.Linear),
+    (for_inference, SplitLinear, "forward", split_without_bias, nn.Linear)])
 def test_a_replacement_with_a_mistake_is_left_out(monkeypatch, capsys, prepare_as, where, what, wrong, plain):
     model, idx = random_model(0), torch.randint(37, (1, 9))
     exact = copy.deepcopy(model).double()(idx)[0]
