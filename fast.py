@@ -17,7 +17,8 @@ Both change the model in place and return it: a layer gets a subclass that compu
                            Int8KernelLinear  not compiled: a kernel reads each weight once, as int8         2.2x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              unmeasured
     GPT, compiled          LossOnly          a training step need not store logits that nobody reads        1.04x
-    decode_one_token       compiled          one loop reads each weight once, whatever its dtype            1.6x
+    decode_one_token       flat_step         a small model spends half a token's time in calls of modules   1.6x
+                           compiled          one loop reads each weight once, whatever its dtype            1.6x
     memory on Linux        kept              what is freed and needed again does not go back to the system  2.0x
 
     python fast.py   # measures these gains on this machine's CPU, but not those of PaddedLinear, LossOnly and memory
@@ -25,9 +26,9 @@ Both change the model in place and return it: a layer gets a subclass that compu
 The gains above are from two cores of an AMD EPYC (Zen 3), each the median of two or three runs, with three exceptions:
 those of bfloat16 and of memory are from a Zen 4, and that of LossOnly is from an NVIDIA H200 (see docs/scaling.md).
 oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gains of PackedLinear,
-SplitLinear and Int8KernelLinear are those of a single row. The compiled step (in float32) and Int8Linear
-(compiled) are compared with SplitLinear, and Int8KernelLinear is compared with Int8Linear (not compiled). The gain
-of kept memory is that of a training step on byte pairs, with and without the call of keep_memory:
+SplitLinear and Int8KernelLinear are those of a single row. The compiled step (in float32) and Int8Linear (compiled) are
+compared with what is not compiled, in float32, and Int8KernelLinear is compared with Int8Linear (not compiled). The
+gain of kept memory is that of a training step on byte pairs, with and without the call of keep_memory:
 
     python bench_train.py config/train_shakespeare_char.py --dataset=shakespeare
 
@@ -36,8 +37,9 @@ that it saves then costs less time.
 
 model.py has the last word. Only layers of exactly the class in the table are replaced. Before that, each attention, one
 GELU and one linear layer are compared with their replacements. (Dropout is random, so only the tests compare it.) If
-they differ, because someone has changed model.py, the plain layer stays, and one line on standard error says so. The
-compiled step runs GPT.forward itself.
+they differ, because someone has changed model.py, the plain layer stays, and one line on standard error says so.
+flat_step is compared with GPT.forward in the same way, when it first runs. The compiled step runs GPT.forward itself.
+Neither of the two calls the hooks of layers.
 """
 import os
 
@@ -334,9 +336,11 @@ class SplitLinear(FastLinear):
             self.start = bias.view(n, 1, -1)                                 # (n, 1, out / n)
         else:
             weight = weight.t().contiguous()
-            self.weight = nn.Parameter(weight.t(), requires_grad=False)
             self.parts = weight.view(n, -1, out)                             # (n, in / n, out)
             self.start = F.pad(bias.view(1, 1, -1), (0, 0, 0, 0, 0, n - 1))  # (n, 1, out): the bias, then zeros
+            self.weight = nn.Parameter(weight.t(), requires_grad=False)      # in the memory of the parts
+            if self.bias is not None:
+                self.bias = nn.Parameter(self.start[0, 0], requires_grad=False)
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
@@ -417,6 +421,52 @@ class Int8KernelLinear(Int8Linear):
         y = torch._weight_int8pack_mm(rows, self.weight, ones).to(x.dtype)
         y = y.view(*x.shape[:-1], self.out_features) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias
+
+
+# --- decoding without calls of modules ---
+
+def flat_step(model):
+    """GPT.decode_one_token as a single function, (token, cache) -> logits. For one token, a small model spends half of
+    its time in PyTorch's code around the forward of a module, and in reshaping. So this calls the forwards directly and
+    reshapes as little as possible."""
+    n_head, hs = model.config.n_head, model.config.n_embd // model.config.n_head
+    wte, wpe, ln_f, lm_head = (layer.forward for layer in (model.wte, model.wpe, model.ln_f, model.lm_head))
+    blocks = [[layer.forward for layer in (block.ln_1, block.attn.c_attn, block.attn.c_proj,
+                                           block.ln_2, block.mlp.c_fc, block.mlp.gelu, block.mlp.c_proj)]
+              for block in model.h]
+
+    def step(token, cache):
+        """token (B,) -> logits (B, V)."""
+        x = wte(token[:, None]) + wpe(cache.positions(1))                           # (B, 1, C)
+        for layer, (ln_1, c_attn, attn_proj, ln_2, c_fc, gelu, mlp_proj) in enumerate(blocks):
+            q, k, v = c_attn(ln_1(x)).view(len(token), 3, n_head, 1, hs).unbind(1)  # (B, nh, 1, hs)
+            k, v = cache.append(layer, k, v)                                        # (B, nh, S, hs)
+            x = x + attn_proj(F.scaled_dot_product_attention(q, k, v).reshape(x.shape))
+            x = x + mlp_proj(gelu(c_fc(ln_2(x))))
+        cache.length += 1
+        return lm_head(ln_f(x))[:, -1]                                              # (B, 1, V) -> (B, V)
+    return step
+
+
+@torch.no_grad()
+def compared_step(model):
+    """The function that flat_step makes of the model or, if model.py was changed and computes something else, None. The
+    two are compared for the first position and for the last, where the cache holds random keys and values."""
+    g, token = torch.Generator().manual_seed(0), torch.zeros(1, dtype=torch.long, device=model.wte.weight.device)
+    cache = model.new_cache(1)
+    k, v = (6 * torch.randn(cache.k[0].shape, generator=g).to(cache.k[0]) for _ in range(2))
+    cache.k, cache.v = [k] * len(cache.k), [v] * len(cache.v)
+    try:
+        step = flat_step(model)
+        for length in (0, cache.capacity - 1):
+            cache.length = length
+            expected = model.plain_step(token, cache)
+            cache.length = length
+            if not same(step(token, cache), expected, None if k.dtype == torch.float32 else 2 ** -6):
+                return stay_plain(GPT.decode_one_token, flat_step)
+        return step
+    except Exception:
+        return stay_plain(GPT.decode_one_token, flat_step)
 
 
 # --- compiled decoding ---
@@ -553,6 +603,7 @@ def load_library(path, model, cache):
 
 LIBRARIES = Path(__file__).resolve().parent / "data" / "compiled"
 steps = weakref.WeakKeyDictionary()  # {model: {(batch size, whether the capacity is above 1): its compiled step}}
+flat_steps = weakref.WeakKeyDictionary()  # {model: its compared_step}
 
 
 def shape_of(cache):
@@ -646,9 +697,11 @@ class Prepared:
         return super().decode_one_token(token, cache)
 
     def decode_one_token(self, token, cache):
-        """The plain step or, with a StaticCache, the compiled one."""
+        """The flat step or, with a StaticCache, the compiled one."""
         if not isinstance(cache, StaticCache):
-            return self.plain_step(token, cache)
+            if self not in flat_steps:
+                flat_steps[self] = None if self.prepared_as[1] else compared_step(self)
+            return (flat_steps[self] or self.plain_step)(token, cache)
         if not token.is_cuda:
             cache.check_room(1)  # compiled code does not check it, nor the shape
         if token.shape != cache.k[0].shape[:1]:
@@ -823,7 +876,6 @@ def for_inference(model, dtype="float32", compile=False):
     device = model.wte.weight.device
     if device.type == "cpu":
         keep_memory()
-        replace(model, nn.Dropout, FastDropout)  # in evaluation mode, it is a call less
     replace(model, CausalSelfAttention, CompiledAttention if compile else FusedAttention)
     if dtype != "int8":
         model.to(getattr(torch, dtype))
@@ -915,16 +967,20 @@ def measure():
         small = nn.Linear(128, 512)  # a layer of config/train_shakespeare_char.py
         packed_small, row = twin(small, PackedLinear), torch.randn(1, 128)
         compare("PackedLinear: 1 row and a weight too small for it", lambda: small(row), lambda: packed_small(row))
-    model, token = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768)).eval(), torch.zeros(1, dtype=torch.long)
+    token = torch.zeros(1, dtype=torch.long)
+
+    def decode(gpt, step=None):
+        cache = gpt.new_cache(1, 128)
+        return lambda: (cache.reset(), (step or gpt.decode_one_token)(token, cache))
+
     with torch.no_grad():
+        small = for_inference(GPT(GPTConfig(vocab_size=65, block_size=128, n_layer=4, n_head=4, n_embd=128)))
+        compare("flat_step: a token of a model of 4 layers and 128 features", decode(small, small.plain_step),
+                decode(small))
+        model = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768)).eval()
         eager = for_inference(copy.deepcopy(model))
         for dtype in ("float32", "bfloat16", "int8"):
             other = for_inference(copy.deepcopy(model), dtype, compile=True)
-
-            def decode(gpt):
-                cache = gpt.new_cache(1, 128)
-                return lambda: (cache.reset(), gpt.decode_one_token(token, cache))
-
             compare(f"a token of GPT-2 124M, compiled in {dtype}, against eager float32", decode(eager), decode(other))
 
 

@@ -8,6 +8,8 @@ import functools
 import math
 import pickle
 import shutil
+import types
+import weakref
 from unittest import mock
 
 import pytest
@@ -30,6 +32,7 @@ from fast import (
     PaddedLinear,
     SplitLinear,
     StaticCache,
+    flat_step,
     for_inference,
     for_training,
     restore,
@@ -738,7 +741,7 @@ def test_each_eager_linear(eager_linear, threads):
 def test_the_parts_of_a_weight_take_no_memory(out):
     layer = fast.twin(nn.Linear(24, out), SplitLinear)
     for one in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert one.parts.data_ptr() == one.weight.data_ptr()
+        assert one.parts.data_ptr() == one.weight.data_ptr() and one.start.data_ptr() == one.bias.data_ptr()
 
 
 def test_only_large_weights_are_rearranged(monkeypatch, eager_linear):
@@ -800,6 +803,84 @@ def test_what_a_prepared_model_still_does(dtype, compile, tied):
         load_weights(other.to(getattr(torch, dtype)), saved, "a file")
         assert all(torch.equal(t, state[name].to(t.dtype)) for name, t in other.state_dict().items())
         assert torch.equal(other(idx)[0], plain(idx)[0])
+
+
+def test_the_flat_step(capsys):
+    """It is used, it is that of the model and of nobody else, and it keeps nothing alive."""
+    model, token = random_model(0), torch.tensor([5])
+    prepared = for_inference(copy.deepcopy(model))
+    twin, caches = copy.deepcopy(prepared), [prepared.new_cache(1) for _ in range(3)]
+    with torch.no_grad():
+        expected = model.decode_one_token(token, caches[0])
+        prepared.decode_one_token(token, prepared.new_cache(1))  # compares the two
+        prepared.plain_step = None
+        torch.testing.assert_close(prepared.decode_one_token(token, caches[1]), expected)
+        for p, q in zip(twin.parameters(), random_model(1).parameters(), strict=True):
+            p.copy_(q)
+        torch.testing.assert_close(twin.decode_one_token(token, caches[2]),
+                                   random_model(1).decode_one_token(token, random_model(1).new_cache(1)))
+    assert fast.flat_steps[prepared] and fast.flat_steps[twin] and capsys.readouterr().err == ""
+    gone = weakref.ref(twin)
+    del twin
+    assert gone() is None
+
+
+def with_blocks(model, blocks):
+    """What flat_step uses of the model, with other blocks."""
+    parts = "config", "wte", "wpe", "ln_f", "lm_head"
+    return types.SimpleNamespace(h=blocks, **{name: getattr(model, name) for name in parts})
+
+
+def flat_with_queries_and_values_swapped(model):
+    def swapped(attn):
+        return types.SimpleNamespace(c_proj=attn.c_proj, c_attn=types.SimpleNamespace(
+            forward=lambda x: torch.cat(attn.c_attn(x).chunk(3, -1)[::-1], -1)))
+    return flat_step(with_blocks(model, [
+        types.SimpleNamespace(ln_1=b.ln_1, attn=swapped(b.attn), ln_2=b.ln_2, mlp=b.mlp) for b in model.h]))
+
+
+def flat_that_stays_at_the_first_position(model):
+    step = flat_step(model)
+
+    def wrong(token, cache):
+        positions = cache.positions
+        cache.positions = lambda T: positions(T) * 0
+        logits = step(token, cache)
+        del cache.positions
+        return logits
+    return wrong
+
+
+def flat_without_the_last_block(model):
+    return flat_step(with_blocks(model, model.h[:-1]))
+
+
+@pytest.mark.parametrize("wrong", [
+    flat_with_queries_and_values_swapped, flat_that_stays_at_the_first_position, flat_without_the_last_block])
+def test_a_mistake_in_the_flat_step(monkeypatch, capsys, wrong):
+    """The comparisons of whole models find it, and so does fast.py, which then uses the model's own step."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fast, "compared_step", wrong)
+        with pytest.raises(AssertionError):
+            check_inference("float32", False)
+    monkeypatch.setattr(fast, "flat_step", wrong)
+    check_inference("float32", False)
+    assert f"decode_one_token computes something else than {wrong.__name__}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_a_model_whose_last_positions_differ_keeps_its_own_step(monkeypatch, dtype, capsys):
+    def forward(self, x, positions=None, cache=None, layer=0):
+        x = x + self.attn(self.ln_1(x), positions, cache, layer)
+        x = x + self.mlp(self.ln_2(x))
+        return x if positions[-1] < self.attn.block_size - 1 else 1.1 * x
+    model = random_model(0, tied=True)
+    monkeypatch.setattr(model_module.Block, "forward", forward)
+    monkeypatch.setattr(CausalSelfAttention, "block_size", 16, raising=False)
+    for_inference(model, dtype)
+    with torch.no_grad():
+        model.decode_one_token(torch.tensor([0]), model.new_cache(1))
+    assert fast.flat_steps[model] is None and "decode_one_token computes something else" in capsys.readouterr().err
 
 
 def test_a_subclass_of_gpt_is_prepared_too(capsys):
