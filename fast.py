@@ -12,18 +12,18 @@ Both change the model in place and return it: a layer gets a subclass that compu
     nn.GELU on a CPU       FastGELU          in float32, GELU is faster by a sigmoid than by tanh           1.6x
     nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.2x
                            PackedLinear      a large weight is stored in the order in which oneDNN reads it 1.4x
-                           SplitLinear       (but with AVX2, MKL multiplies one row faster in large parts)   1.9x
-    nn.Linear              Int8Linear        a weight takes one byte instead of four                        4.5x
+                           SplitLinear       (but with AVX2, MKL multiplies one row faster, in large parts)  2.0x
+    nn.Linear              Int8Linear        a weight takes one byte instead of four                        3.6x
                            Int8KernelLinear  not compiled: a kernel reads each weight once, as int8         2.2x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              unmeasured
     GPT, compiled          LossOnly          a training step need not store logits that nobody reads        1.04x
-    decode_one_token       flat_step         a small model spends half a token's time in calls of modules   1.6x
-                           compiled          one loop reads each weight once, whatever its dtype            1.6x
+    decode_one_token       flat_step         a small model spends a third of a token's time in modules' calls 1.5x
+                           compiled          one loop reads each weight once, whatever its dtype            1.4x
     memory on Linux        kept              what is freed and needed again does not go back to the system  2.0x
 
     python fast.py   # measures these gains on this machine's CPU, but not those of PaddedLinear, LossOnly and memory
 
-The gains above are from two cores of an AMD EPYC (Zen 3), each the median of two or three runs, with three exceptions:
+The gains above are from two cores of an AMD EPYC (Zen 3), each the median of one to three runs, with three exceptions:
 those of bfloat16 and of memory are from a Zen 4, and that of LossOnly is from an NVIDIA H200 (see docs/scaling.md).
 oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gains of PackedLinear,
 SplitLinear and Int8KernelLinear are those of a single row. The compiled step (in float32) and Int8Linear (compiled) are
@@ -426,9 +426,9 @@ class Int8KernelLinear(Int8Linear):
 # --- decoding without calls of modules ---
 
 def flat_step(model):
-    """GPT.decode_one_token as a single function, (token, cache) -> logits. For one token, a small model spends half of
-    its time in PyTorch's code around the forward of a module, and in reshaping. So this calls the forwards directly and
-    reshapes as little as possible."""
+    """GPT.decode_one_token as a single function, (token, cache) -> logits. For one token, a small model spends a third
+    of its time in PyTorch's code around the forward of a module, and in reshaping. So this calls the forwards directly
+    and reshapes as little as possible."""
     n_head, hs = model.config.n_head, model.config.n_embd // model.config.n_head
     wte, wpe, ln_f, lm_head = (layer.forward for layer in (model.wte, model.wpe, model.ln_f, model.lm_head))
     blocks = [[layer.forward for layer in (block.ln_1, block.attn.c_attn, block.attn.c_proj,
