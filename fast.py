@@ -12,12 +12,12 @@ Both change the model in place and return it: a layer gets a subclass that compu
     nn.GELU on a CPU       FastGELU          in float32, GELU is faster by a sigmoid than by tanh           1.6x
     nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.2x
                            PackedLinear      a large weight is stored in the order in which oneDNN reads it 1.4x
-                           SplitLinear       (but with AVX2, MKL multiplies one row faster, in large parts)  2.0x
+                           SplitLinear       (but with AVX2, MKL multiplies one row faster, in large parts) 2.0x
     nn.Linear              Int8Linear        a weight takes one byte instead of four                        3.6x
                            Int8KernelLinear  not compiled: a kernel reads each weight once, as int8         2.2x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              unmeasured
     GPT, compiled          LossOnly          a training step need not store logits that nobody reads        1.04x
-    decode_one_token       flat_step         a small model spends a third of a token's time in modules' calls 1.5x
+    decode_one_token       flat_step         in a small model, calls of modules take a third of the time     1.5x
                            compiled          one loop reads each weight once, whatever its dtype            1.4x
     memory on Linux        kept              what is freed and needed again does not go back to the system  2.0x
 
@@ -451,12 +451,13 @@ def flat_step(model):
 @torch.no_grad()
 def compared_step(model):
     """The function that flat_step makes of the model or, if model.py was changed and computes something else, None. The
-    two are compared for the first position and for the last, where the cache holds random keys and values."""
+    two are compared for the first position and for the last (or number 1024), where the cache holds random keys and
+    values."""
     g, token = torch.Generator().manual_seed(0), torch.zeros(1, dtype=torch.long, device=model.wte.weight.device)
-    cache = model.new_cache(1)
-    k, v = (6 * torch.randn(cache.k[0].shape, generator=g).to(cache.k[0]) for _ in range(2))
-    cache.k, cache.v = [k] * len(cache.k), [v] * len(cache.v)
     try:
+        cache = model.new_cache(1, min(model.config.block_size, 1024))
+        k, v = (6 * torch.randn(cache.k[0].shape, generator=g).to(cache.k[0]) for _ in range(2))
+        cache.k, cache.v = [k] * len(cache.k), [v] * len(cache.v)
         step = flat_step(model)
         for length in (0, cache.capacity - 1):
             cache.length = length
@@ -701,7 +702,8 @@ class Prepared:
         if not isinstance(cache, StaticCache):
             if self not in flat_steps:
                 flat_steps[self] = None if self.prepared_as[1] else compared_step(self)
-            return (flat_steps[self] or self.plain_step)(token, cache)
+            flat = flat_steps[self] if token.dim() == 1 else None  # the plain step says what is wrong with the shape
+            return (flat or self.plain_step)(token, cache)
         if not token.is_cuda:
             cache.check_room(1)  # compiled code does not check it, nor the shape
         if token.shape != cache.k[0].shape[:1]:

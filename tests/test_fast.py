@@ -820,6 +820,12 @@ def test_the_flat_step(capsys):
         torch.testing.assert_close(twin.decode_one_token(token, caches[2]),
                                    random_model(1).decode_one_token(token, random_model(1).new_cache(1)))
     assert fast.flat_steps[prepared] and fast.flat_steps[twin] and capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match=r"of shape \(B, T\)"):
+        twin.decode_one_token(token[:, None], twin.new_cache(1))
+    full = twin.new_cache(1, 1)
+    twin.decode_one_token(token, full)
+    with pytest.raises(ValueError, match="exceeds the cache's capacity 1"):
+        twin.decode_one_token(token, full)
     gone = weakref.ref(twin)
     del twin
     assert gone() is None
