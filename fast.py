@@ -332,13 +332,13 @@ class SplitLinear(FastLinear):
         size = out if self.by_outputs else self.in_features
         n = max(n for n in range(1, torch.get_num_threads() + 1) if size % n == 0)
         if self.by_outputs:
-            self.parts = weight.view(n, -1, self.in_features).mT             # (n, in, out / n)
-            self.start = bias.view(n, 1, -1)                                 # (n, 1, out / n)
+            self.parts = weight.contiguous().view(n, -1, self.in_features).mT  # (n, in, out / n)
+            self.start = bias.reshape(n, 1, -1)                                # (n, 1, out / n)
         else:
             weight = weight.t().contiguous()
-            self.parts = weight.view(n, -1, out)                             # (n, in / n, out)
-            self.start = F.pad(bias.view(1, 1, -1), (0, 0, 0, 0, 0, n - 1))  # (n, 1, out): the bias, then zeros
-            self.weight = nn.Parameter(weight.t(), requires_grad=False)      # in the memory of the parts
+            self.parts = weight.view(n, -1, out)                               # (n, in / n, out)
+            self.start = F.pad(bias[None, None], (0, 0, 0, 0, 0, n - 1))       # (n, 1, out): the bias, then zeros
+            self.weight = nn.Parameter(weight.t(), requires_grad=False)        # in the memory of the parts
             if self.bias is not None:
                 self.bias = nn.Parameter(self.start[0, 0], requires_grad=False)
 

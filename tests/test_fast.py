@@ -744,6 +744,15 @@ def test_the_parts_of_a_weight_take_no_memory(out):
         assert one.parts.data_ptr() == one.weight.data_ptr() and one.start.data_ptr() == one.bias.data_ptr()
 
 
+@pytest.mark.parametrize("out", [10, 50])
+def test_a_weight_in_another_order_in_memory(eager_linear, out):
+    layer, x = nn.Linear(24, out), torch.randn(1, 1, 24)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.weight = nn.Parameter(layer.weight.t().contiguous().t())
+        torch.testing.assert_close(fast.twin(layer, eager_linear)(x), expected)
+
+
 def test_only_large_weights_are_rearranged(monkeypatch, eager_linear):
     monkeypatch.setattr(PackedLinear, "smallest", 4 * 48 * 48)
     model = for_inference(random_model(0, n_embd=48))
