@@ -38,8 +38,8 @@ that it saves then costs less time.
 model.py has the last word. Only layers of exactly the class in the table are replaced. Before that, each attention, one
 GELU and one linear layer are compared with their replacements. (Dropout is random, so only the tests compare it.) If
 they differ, because someone has changed model.py, the plain layer stays, and one line on standard error says so.
-flat_step is compared with GPT.forward in the same way, when it first runs. The compiled step runs GPT.forward itself.
-Neither of the two calls the hooks of layers.
+flat_step is compared with GPT.forward in the same way, when it first runs, and steps aside if a module has a hook. The
+compiled step runs GPT.forward itself.
 """
 import os
 
@@ -604,7 +604,7 @@ def load_library(path, model, cache):
 
 LIBRARIES = Path(__file__).resolve().parent / "data" / "compiled"
 steps = weakref.WeakKeyDictionary()  # {model: {(batch size, whether the capacity is above 1): its compiled step}}
-flat_steps = weakref.WeakKeyDictionary()  # {model: its compared_step}
+flat_steps = weakref.WeakKeyDictionary()  # {model: its compared_step, the dicts of its modules' hooks}
 
 
 def shape_of(cache):
@@ -701,9 +701,12 @@ class Prepared:
         """The flat step or, with a StaticCache, the compiled one."""
         if not isinstance(cache, StaticCache):
             if self not in flat_steps:
-                flat_steps[self] = None if self.prepared_as[1] else compared_step(self)
-            flat = flat_steps[self] if token.dim() == 1 else None  # the plain step says what is wrong with the shape
-            return (flat or self.plain_step)(token, cache)
+                hooks = [d for m in self.modules() for d in (m._forward_pre_hooks, m._forward_hooks)]
+                flat_steps[self] = None if self.prepared_as[1] else compared_step(self), hooks
+            step, hooks = flat_steps[self]
+            if step is None or any(hooks) or token.dim() != 1:  # the plain step says what is wrong with the shape
+                return self.plain_step(token, cache)
+            return step(token, cache)
         if not token.is_cuda:
             cache.check_room(1)  # compiled code does not check it, nor the shape
         if token.shape != cache.k[0].shape[:1]:

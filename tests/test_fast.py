@@ -828,15 +828,22 @@ def test_the_flat_step(capsys):
             p.copy_(q)
         torch.testing.assert_close(twin.decode_one_token(token, caches[2]),
                                    random_model(1).decode_one_token(token, random_model(1).new_cache(1)))
-    assert fast.flat_steps[prepared] and fast.flat_steps[twin] and capsys.readouterr().err == ""
+    assert fast.flat_steps[prepared][0] and fast.flat_steps[twin][0] and capsys.readouterr().err == ""
     with pytest.raises(ValueError, match=r"of shape \(B, T\)"):
         twin.decode_one_token(token[:, None], twin.new_cache(1))
     full = twin.new_cache(1, 1)
     twin.decode_one_token(token, full)
     with pytest.raises(ValueError, match="exceeds the cache's capacity 1"):
         twin.decode_one_token(token, full)
+    for module in (twin, twin.h[1].mlp.gelu):
+        seen = []
+        hook = module.register_forward_hook(lambda *args, seen=seen: seen.append(args))
+        twin.decode_one_token(token, twin.new_cache(1))
+        hook.remove()
+        twin.decode_one_token(token, twin.new_cache(1))
+        assert len(seen) == 1
     gone = weakref.ref(twin)
-    del twin
+    del twin, full, module, hook, seen
     assert gone() is None
 
 
@@ -895,7 +902,7 @@ def test_a_model_whose_last_positions_differ_keeps_its_own_step(monkeypatch, dty
     for_inference(model, dtype)
     with torch.no_grad():
         model.decode_one_token(torch.tensor([0]), model.new_cache(1))
-    assert fast.flat_steps[model] is None and "decode_one_token computes something else" in capsys.readouterr().err
+    assert fast.flat_steps[model][0] is None and "decode_one_token computes something else" in capsys.readouterr().err
 
 
 def test_a_subclass_of_gpt_is_prepared_too(capsys):
