@@ -17,7 +17,7 @@ Both change the model in place and return it: a layer gets a subclass that compu
                            Int8KernelLinear  not compiled: a kernel reads each weight once, as int8         2.2x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              unmeasured
     GPT, compiled          LossOnly          a training step need not store logits that nobody reads        1.04x
-    decode_one_token       flat_step         in a small model, calls of modules take a third of the time     1.5x
+    decode_one_token       flat_step         in a small model, calls of modules take a third of the time     1.4x
                            compiled          one loop reads each weight once, whatever its dtype            1.4x
     memory on Linux        kept              what is freed and needed again does not go back to the system  2.0x
 
