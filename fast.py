@@ -17,7 +17,7 @@ Both change the model in place and return it: a layer gets a subclass that compu
                            Int8KernelLinear  not compiled: a kernel reads each weight once, as int8         2.2x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              unmeasured
     GPT, compiled          LossOnly          a training step need not store logits that nobody reads        1.04x
-    decode_one_token       flat_step         in a small model, calls of modules take a third of the time     1.4x
+    decode_one_token       flat_step         in a small model, calls of modules take a third of the time    1.4x
                            compiled          one loop reads each weight once, whatever its dtype            1.4x
     memory on Linux        kept              what is freed and needed again does not go back to the system  2.0x
 
@@ -25,10 +25,10 @@ Both change the model in place and return it: a layer gets a subclass that compu
 
 The gains above are from two cores of an AMD EPYC (Zen 3), each the median of one to three runs, with three exceptions:
 those of bfloat16 and of memory are from a Zen 4, and that of LossOnly is from an NVIDIA H200 (see docs/scaling.md).
-oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gains of PackedLinear,
-SplitLinear and Int8KernelLinear are those of a single row. The compiled step (in float32) and Int8Linear (compiled) are
-compared with what is not compiled, in float32, and Int8KernelLinear is compared with Int8Linear (not compiled). The
-gain of kept memory is that of a training step on byte pairs, with and without the call of keep_memory:
+oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gains of PackedLinear, SplitLinear and
+Int8KernelLinear are those of a single row. The compiled step (in float32) and Int8Linear (compiled) are compared with
+what is not compiled, in float32. Int8KernelLinear is compared with Int8Linear (not compiled). The gain of kept memory
+is that of a training step on byte pairs, with and without the call of keep_memory:
 
     python bench_train.py config/train_shakespeare_char.py --dataset=shakespeare
 
@@ -315,9 +315,9 @@ class PackedLinear(FastLinear):
 class SplitLinear(FastLinear):
     """A linear layer that multiplies a single row by torch.bmm, in which each thread takes a part of the float32
     weight. With AVX2, PyTorch has nothing faster for that. Memory is read faster if the rows of a part are long. So a
-    weight with more inputs than outputs is split by outputs. Any other is stored as its transpose (in, out) and split
-    by inputs, and the outputs of the parts are added. In a large model, several rows take longer than with
-    PackedLinear: 4 rows of GPT-2's layers a third, 64 rows a tenth."""
+    weight with at least as many inputs as outputs is split by outputs. Any other is stored as its transpose (in, out)
+    and split by inputs, and the outputs of the parts are added. Several rows take longer than with PackedLinear: 64
+    rows, times a weight that is stored as its transpose, 1.7 times as long (see measure)."""
 
     @staticmethod
     def suits(layer):
@@ -702,7 +702,7 @@ class Prepared:
         if not isinstance(cache, StaticCache):
             if self not in flat_steps:
                 hooks = [d for m in self.modules() for d in (m._forward_pre_hooks, m._forward_hooks)]
-                flat_steps[self] = None if self.prepared_as[1] else compared_step(self), hooks
+                flat_steps[self] = (None if self.prepared_as[1] else compared_step(self)), hooks
             step, hooks = flat_steps[self]
             if step is None or any(hooks) or token.dim() != 1:  # the plain step says what is wrong with the shape
                 return self.plain_step(token, cache)
