@@ -26,7 +26,7 @@ json: str | None = None        # a file for the figures: a list of records, one 
 device: str | None = None      # cpu, cuda, mps, xpu; None: the best there is
 seed = 1337                    # of the weights and prompts
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
 
 import importlib.util
 

@@ -30,7 +30,7 @@ def split_arguments():
 
 split_arguments()
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
 
 from files import UserError, write_atomically
 

@@ -12,7 +12,7 @@ out_dir = "out"              # the run to export
 export: str | None = None    # the folder to write: the model, its tokenizer and a README.md
 
 if __name__ == "__main__":  # settings are read before the heavy imports, so that --help and a typo answer at once
-    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+    exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
 
 import contextlib
 import copy
@@ -350,7 +350,7 @@ def instead_of_resuming(folder):
 
 def find_checkpoint(path):
     """A checkpoint file, or the folder of a run -> the file: best.pt if it exists, otherwise latest.pt, as in a run
-    before its first evaluation, otherwise nanoGPT's ckpt.pt. None if there is none."""
+    before its first evaluation in training, otherwise nanoGPT's ckpt.pt. None if there is none."""
     path = Path(path)
     return next((p for p in (path, path / "best.pt", path / "latest.pt", path / "ckpt.pt") if p.is_file()), None)
 
@@ -658,7 +658,8 @@ class Log:
         if not is_main_process():
             return
         with open(self.path, "a", newline="", encoding="utf-8") as f:
-            csv.DictWriter(f, LOG_COLUMNS).writerow({k: f"{v:.12g}" for k, v in row.items()})
+            csv.DictWriter(f, LOG_COLUMNS).writerow(
+                {k: f"{v:.12g}" for k, v in row.items() if math.isfinite(v)})  # a norm that overflowed stays empty
         if self.board:
             for name, value in row.items():
                 self.board.add_scalar(name, value, row["iter"])
@@ -739,9 +740,9 @@ def download_repository(name):
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(f"{name} is not a folder, and loading it by name needs: pip install huggingface_hub") from None
-    patterns = ["config.json", "vocab.json", "model*.safetensors*", "pytorch_model*.bin*"]
+    patterns = ["config.json", "vocab.json", "tokenizer.json", "model*.safetensors*", "pytorch_model*.bin*"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns[:3]))
+        folder = Path(snapshot_download(name, allow_patterns=patterns[:4]))
         if not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as e:  # the hub raises its own exceptions and the network library's
@@ -794,19 +795,18 @@ def read_tensors(folder, name):
 
 def pretrained_tokenizer(folder, is_name, vocab_size):
     """The tokenizer of a pretrained model, if it is GPT-2's or the characters of an export of ours, else None."""
-    if (folder / "tokenizer.json").is_file() and vocab_size != 50257:
+    words = None  # a published model may come without its vocabulary, which then is GPT-2's
+    if (folder / "vocab.json").is_file():
+        words = read_json(folder / "vocab.json", {}, advice="fetch it again")
+    elif (folder / "tokenizer.json").is_file():
         model = read_json(folder / "tokenizer.json", {"model": (dict, None)}, advice="fetch it again")["model"]
-        words = model.get("vocab")
+        words = model.get("vocab") or {}
         if model.get("type") == "WordLevel" and isinstance(words, dict) and (
                 list(words.values()) == list(range(vocab_size)) and all(len(word) == 1 for word in words)):
             return CharTokenizer("".join(words))
-    if vocab_size != 50257:
-        return None
-    if (folder / "vocab.json").is_file():
-        own = read_json(folder / "vocab.json", {}, advice="fetch it again")
-        if own != json.loads(fetch_vocabulary()["encoder.json"].read_bytes()):
-            return None
     elif not is_name:
+        return None
+    if vocab_size != 50257 or words not in (None, json.loads(fetch_vocabulary()["encoder.json"].read_bytes())):
         return None
     return BPETokenizer()
 

@@ -1,7 +1,7 @@
 # Gives a script its command line, its config files and its error messages. Scripts do not import this file. They
 # execute it, below their settings, which it changes, and above their heavy imports:
 #
-#     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+#     exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
 #
 # A setting is a line `name = value  # meaning` above that exec, of type int, float, str or bool. A setting that may be
 # None carries an annotation: `top_k: int | None = None  # meaning`. Arguments apply from left to right:
@@ -17,6 +17,12 @@
 # environment prints the traceback of every error.
 import os
 import sys
+
+for _name, _mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    if getattr(sys, _name) is None:  # closed, as after `>&-`. Otherwise the next file that is opened takes its place.
+        _stream = open(os.devnull, _mode)
+        setattr(sys, _name, _stream)
+        setattr(sys, f"__{_name}__", _stream)
 
 # --- errors ---
 
@@ -255,7 +261,7 @@ def _assignments(node):
 
 def _find_config_file(path):
     """The config file as named from the current folder, or else from the script's; None if there is none."""
-    for found in (path, os.path.join(os.path.dirname(os.path.abspath(__file__)), path)):
+    for found in (path, os.path.join(os.path.dirname(os.path.realpath(__file__)), path)):
         if os.path.isfile(found):
             return found
     return None

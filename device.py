@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 
 import torch
@@ -71,6 +72,10 @@ def missing_compiler(device):
 
     if device.type == "cpu" and not found("CXX", "g++", "c++", "clang++", "cl"):
         return "a C++ compiler (as from apt install g++)"
+    # PyTorch does not quote the paths that it passes to the compiler.
+    spaced = [path for path in (os.path.dirname(torch.__file__), tempfile.gettempdir()) if " " in path]
+    if device.type == "cpu" and os.name != "nt" and spaced:
+        return f"a path without spaces instead of {spaced[0]}"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton"
     # triton compiles a little C for each kernel. Under Windows it brings its own compiler.

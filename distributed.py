@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from files import UserError
 
-rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-is_distributed = "RANK" in os.environ
+is_distributed = {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # torchrun sets both
+rank, world_size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if is_distributed else (0, 1)
 store = None  # where processes leave each other messages
 calls = 0     # of run_on_main_process so far
 
@@ -37,7 +37,10 @@ def start(device, strategy="ddp"):
         return
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"several processes need CPUs or NVIDIA GPUs; device {device.type} takes one, without torchrun")
-    store = next(dist.rendezvous("env://"))[0]
+    try:
+        store = next(dist.rendezvous("env://"))[0]
+    except ValueError as e:  # RANK and WORLD_SIZE are set, but not the other variables
+        raise UserError(f"several processes need torchrun to start them: see --help ({e})") from None
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun's store outlives a restart of the processes. Under a name of their own, the new ones do not find the
         # addresses of the dead. (Several machines may count restarts differently: see docs/scaling.md.)

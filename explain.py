@@ -143,6 +143,9 @@ def write(model, tok, ids, max_new_tokens, seed, sampling):
 
     steps, decoder = model.stream([ids], max_new_tokens, eos_id=tok.eot, **sampling,
                                   generator=torch.Generator(model.wte.weight.device).manual_seed(seed)), tok.stream()
+    for i in ids:  # the last of them may be the beginning of a character
+        if i != tok.eot:
+            decoder.push(i)
     while True:
         hook = model.register_forward_hook(remember, with_kwargs=True)
         step = next(steps, None)

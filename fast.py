@@ -8,6 +8,7 @@ Both change the model in place and return it: a layer gets a subclass that compu
     layer of model.py      becomes           because                                                        gain
     CausalSelfAttention    FusedAttention    PyTorch's fused kernel never stores the T x S scores           1.8x
                                              (but a CPU in bfloat16 trains faster with the plain code)      1.1x
+                           CompiledAttention compiled: loops that read only what is filled of the cache     unmeasured
     nn.Dropout on a CPU    FastDropout       16 random bits decide as well as a float, and cost less        1.6x
     nn.GELU on a CPU       FastGELU          in float32, GELU is faster by a sigmoid than by tanh           1.6x
     nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.2x
@@ -21,9 +22,9 @@ Both change the model in place and return it: a layer gets a subclass that compu
                            compiled          one loop reads each weight once, whatever its dtype            1.4x
     memory on Linux        kept              what is freed and needed again does not go back to the system  2.0x
 
-    python fast.py   # measures these gains on this machine's CPU, but not those of PaddedLinear, LossOnly and memory
+    python fast.py   # measures the gains that are numbers on this machine's CPU, but not those of LossOnly and memory
 
-The gains above are from two cores of an AMD EPYC (Zen 3), each the median of one to three runs, with three exceptions:
+The gains above are from two cores of an AMD EPYC (Zen 3), each the median of one to six runs, with three exceptions:
 those of bfloat16 and of memory are from a Zen 4, and that of LossOnly is from an NVIDIA H200 (see docs/scaling.md).
 oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gains of PackedLinear, SplitLinear and
 Int8KernelLinear are those of a single row. The compiled step (in float32) and Int8Linear (compiled) are compared with
@@ -46,7 +47,7 @@ import os
 turns = 15    # measurements of each function; medians are shown
 
 if __name__ == "__main__":  # settings are read before the heavy imports, so that --help and a typo answer at once
-    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+    exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
     from files import check
     check(config, "at least 1", lambda x: x >= 1, "turns")
 

@@ -13,7 +13,7 @@ out_dir = "out"             # the run to take the model from
 port = 8000                 # of the address, http://127.0.0.1:8000; 0: any that is free
 device: str | None = None   # cpu, cuda, cuda:1, mps, xpu; None: the best there is
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
 
 import contextlib
 import inspect
@@ -86,7 +86,7 @@ def answer(path, request):
         return write(model, tok, ids, request["max_new_tokens"], request["seed"], sampling)
     if path == "/tokens":
         try:
-            ids = tok.encode(request["text"])
+            ids = tok.encode_prompt(request["text"])
         except UserError as e:  # a character that the model does not know is no bad request
             return {"error": str(e)}
         if len(ids) > LONGEST:

@@ -21,7 +21,7 @@ x = "steps"                   # loss: against steps or seconds
 y = "loss"                    # loss: in nats per token (loss) or, to compare tokenizers, in bits per byte (bits)
 json: str | None = None       # gradients, kv, train: the files with the figures, separated by commas
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
 
 import contextlib
 import io
@@ -173,7 +173,7 @@ def plot_attention():
     if "start" not in overrides and tok.eot is None:  # the default has characters that a model may not know
         text = "".join(c for c in text if c in tok.chars)[:model.config.block_size] or tok.chars[0]
     try:
-        ids = tok.encode(text)
+        ids = tok.encode_prompt(text)
     except UserError as e:
         raise UserError(f"--start: {e}") from None
     if not 0 < len(ids) <= model.config.block_size:
@@ -231,6 +231,8 @@ def plot_gradients():
         for n, name in enumerate(dict.fromkeys(r["blocks"] for r in data)):
             for i, n_layer in enumerate(sorted({r["n_layer"] for r in data})):
                 norms = [r["block"] for r in data if (r["blocks"], r["n_layer"], r["when"]) == (name, n_layer, when)]
+                if len(norms) > n_layer:
+                    raise UserError(f"{json}: {name} with {n_layer} layers is there more than once; draw one file")
                 ax.semilogy(np.linspace(0, 1, len(norms)), norms, (":", "--", "-")[i % 3], color=f"C{n}",
                             label=f"{name}, {n_layer} layers")
         ax.set_title(when)
@@ -256,7 +258,8 @@ def plot_kv():
         labels = [f"{r['peer'] or ('compiled' if r['compile'] else 'eager')} {r['dtype']}"
                   + ("" if r["use_cache"] else ", no cache") for r in own]
         colors = ["C1" if r["peer"] else "C0" if r["use_cache"] else "grey" for r in own]
-        ax.bar_label(ax.barh(labels, [r["tokens_per_second"] for r in own], color=colors), fmt=" %.0f")
+        ax.bar_label(ax.barh(range(len(own)), [r["tokens_per_second"] for r in own], color=colors), fmt=" %.0f")
+        ax.set_yticks(range(len(own)), labels)  # several files may have the same label
         ax.set_title(name)
         ax.set_xlabel(f"tokens per second (batch 1, after a prompt of {shortest[name]})")
         ax.margins(x=0.1)

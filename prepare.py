@@ -24,7 +24,7 @@ text_key = "text"              # the key or column of a .json, .jsonl or .parque
 tokenizer: str | None = None   # char or gpt2; None: gpt2 for shakespeare and openwebtext, else char
 val_fraction = 0.1             # the share of the tokens, at the end, that is held back for validation
 # Settings are read before the heavy imports: --help and a typo answer at once, and Ctrl-C is quiet.
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
 import re
 
 from files import META, UserError, download, finish_publishing, is_dataset_name, read_json, read_wheel, write_atomically
@@ -148,16 +148,25 @@ def save_stream(stream):
     return STREAM
 
 
+def files_below(folder):
+    """Yields the files in a folder and in those below it, but no hidden ones. Links are followed."""
+    visited = set()  # links may lead to a folder twice, or in a circle
+    for here, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(here) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(here))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(here, name) for name in files if not name.startswith("."))
+
+
 def expand(name, value):
     """The setting `name`, a file, folder or glob -> its files, sorted. In a folder or glob, hidden files and files that
     are not text are left out. UserError if no file remains."""
     path, skipped = Path(value), []
     if path.is_file():
         return [path]
-    if path.is_dir():
-        files = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    else:
-        files = [Path(p) for p in glob.glob(value, recursive=True)]
+    files = files_below(path) if path.is_dir() else map(Path, glob.glob(value, recursive=True))
     found = {p.resolve(): p for p in sorted(files, reverse=True) if p.is_file()}  # links may lead to a file twice
     files = sorted(found.values())
     if not files:

@@ -25,7 +25,7 @@ device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best
 dtype: str | None = None           # of the weights: float32, bfloat16, float16, int8; None: 16 bits on CUDA, else 32
 compile = False                    # compile the step for one token: takes up to two minutes, on a CPU only once
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
 
 import contextlib
 import itertools
@@ -93,10 +93,8 @@ def read_prompt(start):
                             ) from None
     else:
         prompt = unescape(start)
-        if tok.eot is not None:  # <|endoftext|> means the token
-            first, *others = prompt.split("<|endoftext|>")
-            ids = tok.encode(first) + [i for text in others for i in (tok.eot, *tok.encode(text))]
-            return first + "".join(others), ids or [tok.eot]
+        if tok.eot is not None:
+            return prompt.replace("<|endoftext|>", ""), tok.encode_prompt(prompt) or [tok.eot]
     if not prompt and tok.eot is None:
         raise UserError(f"{'the file' if start else '--start'} is empty, and this model has no end-of-text token to "
                         "begin with; give some text")

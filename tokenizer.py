@@ -53,6 +53,8 @@ class CharTokenizer:
         except KeyError as e:
             raise self._unknown(e.args[0]) from None
 
+    encode_prompt = encode
+
     def encode_array(self, text):
         """str -> numpy array of ids. For long texts: one table lookup for all characters."""
         codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
@@ -102,10 +104,16 @@ class BPETokenizer:
         is not valid Unicode."""
         return self.encode_array(text).tolist()
 
+    def encode_prompt(self, text):
+        """str -> list of ids, in which <|endoftext|> is the end-of-text token."""
+        first, *others = text.split("<|endoftext|>")
+        return self.encode(first) + [i for other in others for i in (self.eot, *self.encode(other))]
+
     def encode_array(self, text):
         """str -> numpy array of ids. For long texts: makes no Python integers, and other threads run meanwhile."""
         # tiktoken cannot read a million white-space characters in a row, so such a run is cut.
-        cuts = [0, *(run.end() for run in re.finditer(r"\s{500000}", text)), len(text)]
+        runs, most = re.finditer(r"(?<!\s)\s{500000,}", text), 500000
+        cuts = [0, *(cut for run in runs for cut in range(run.start() + most, run.end() + 1, most)), len(text)]
         try:
             parts = [self._bpe.encode_to_numpy(text[a:b], disallowed_special=()) for a, b in itertools.pairwise(cuts)]
         except UnicodeEncodeError as e:

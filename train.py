@@ -58,7 +58,7 @@ compile: bool | None = None        # torch.compile the model; None: on CUDA, if 
 strategy = "ddp"                   # several processes: ddp copies the model to each, fsdp splits it among them
 # Settings are read before the heavy imports, so that --help and a typo answer at once. From here on, `config` holds all
 # settings, and `overrides` those that the command line and its config files name. They have replaced the values above.
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
 
 import functools
 import math

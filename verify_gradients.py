@@ -15,7 +15,7 @@ steps = 50                 # training steps between the two looks at the gradien
 seed = 1337                # of the weights
 
 if __name__ == "__main__":  # settings are read before the heavy imports, so that --help and a typo answer at once
-    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+    exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
 
 import json as json_format
 import math
@@ -30,7 +30,7 @@ def read_settings():
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
     try:
-        numbers = [int(depth) for depth in depths.split(",")]
+        numbers = list(dict.fromkeys(int(depth) for depth in depths.split(",")))
     except ValueError:
         numbers = [0]
     if min(numbers) < 2 or max(numbers) > 1000:

@@ -13,7 +13,7 @@ verbose = False    # print every case instead of the worst of each kind
 seed = 1337        # of the random inputs and weights
 
 if __name__ == "__main__":  # settings are read before the heavy imports, so that --help and a typo answer at once
-    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8").read())
+    exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
 
 import math
 import sys

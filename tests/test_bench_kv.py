@@ -29,7 +29,12 @@ def test_bench_kv(tiny):
     assert all(keys <= r.keys() and r["tokens_per_second"] > 0 for r in records)
     assert {r["peer"] for r in records} == {None, "huggingface"} and {r["prompt"] for r in records} == {64, 128}
     tiny.run("plot.py", "--what=kv", "--json=kv.json", "--file=kv.svg")
-    assert "tokens per second" in (tiny.folder / "kv.svg").read_text()
+    one = (tiny.folder / "kv.svg").read_text()
+    assert "tokens per second" in one
+    tiny.run("plot.py", "--what=kv", "--json=kv.json,kv.json", "--file=kv.svg")  # every bar of both
+    bars = 'id="patch_'
+    assert (tiny.folder / "kv.svg").read_text().count(bars) - one.count(bars) == sum(
+        r["batch"] == 1 and r["prompt"] == 64 for r in records)
 
 
 def test_bench_kv_of_a_trained_model(tiny, trained):

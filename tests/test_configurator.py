@@ -1,5 +1,6 @@
 """configurator.py: what it makes of command lines and config files, and how a script ends that executes it."""
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -7,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-EXECUTE = ('exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configurator.py"), encoding="utf-8")'
+EXECUTE = ('exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8")'
            '.read())\n')
 SCRIPT = '''"""What it does."""
 import os
@@ -54,6 +55,13 @@ def script(project):
 def test_values(script, arguments, values):
     printed = script.run("script.py", *arguments)
     assert printed.startswith(values) and printed.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows asks for rights to make links")
+def test_works_through_a_link(script, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "linked.py").symlink_to(script.folder / "script.py")
+    assert script.run("bin/linked.py", "config/some.py", cwd=tmp_path, fresh=True).startswith("('x', 11, 3.0,")
 
 
 def test_works_from_any_directory(script, tmp_path_factory):
@@ -254,6 +262,19 @@ def test_a_broken_pipe_ends_in_silence(ending):
                                    text=True, env=os.environ | {"PYTHONUNBUFFERED": ""})
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell of Unix")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error_and_no_file_takes_their_place(ending, closed):
+    project = ending("f = open('file.txt', 'w')\nprint('out')\nprint('error', file=sys.stderr)\nos.write(2, b'!')\n"
+                     "assert not sys.stdin or sys.stdin.isatty() or not sys.stdin.read()\nraise UserError('mistake')")
+    command = " ".join(map(shlex.quote, project.command("ending.py")))
+    done = subprocess.run(["sh", "-c", f"{command} {closed}"], capture_output=True, text=True, cwd=project.folder,
+                          stdin=subprocess.DEVNULL)
+    assert done.returncode == 1 and (project.folder / "file.txt").read_text() == ""
+    assert done.stdout == ("" if " >&- " in f" {closed} " else "begin\nout\n")
+    assert done.stderr == ("" if "2>&-" in closed else "error\n!error: mistake\n")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")

@@ -16,7 +16,7 @@ import torch
 import fast
 from checkpoint import load_checkpoint, load_model, load_pretrained, save_checkpoint, save_pretrained
 from conftest import ROOT, TEXT, Project
-from device import can_compile, peak_flops
+from device import can_compile, missing_compiler, peak_flops
 from fast import PaddedLinear, for_inference
 from model import GPT, GPTConfig
 from test_train import rows
@@ -493,3 +493,12 @@ assert addresses(cache.repeat(3)) == of_three and addresses(model.new_cache(1, 8
 print("the same memory")
 """)
     assert "the same memory" in other.on("A100", "program.py")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="other systems' compilers")
+def test_paths_with_spaces_are_no_place_to_compile(monkeypatch):
+    """PyTorch would print thousands of lines of the compiler's."""
+    monkeypatch.setenv("CXX", "g++")
+    assert missing_compiler(torch.device("cpu")) is None
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/My Files/tmp")
+    assert "without spaces instead of /My Files/tmp" in missing_compiler(torch.device("cpu"))

@@ -65,6 +65,20 @@ def difference(a, b):
     return np.abs(a - b).max()
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_one_variable_alone_does_not_make_several_processes(trained, name):
+    settings = [*SETTINGS, "--max_iters=2", "--eval_tokens=100"]
+    if not (trained.folder / "alone").exists():
+        trained.run("train.py", *settings, "--out_dir=alone")
+    trained.run("train.py", *settings, f"--out_dir={name}", env={name: "2"})
+    assert difference(trained.folder / "alone", trained.folder / name) == 0
+
+
+def test_without_an_address_of_the_others_it_names_torchrun(trained):
+    env = {"RANK": "0", "WORLD_SIZE": "2"}
+    assert "torchrun" in trained.fails("train.py", *SETTINGS, "--out_dir=nobody", env=env)
+
+
 def test_a_checkpoint_goes_on_in_any_number_of_processes(trained):
     settings = ["--optimizer=muon", "--eval_interval=10"]
     trained.run("train.py", *SETTINGS, *settings, "--out_dir=muon", "--max_iters=30")

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -256,6 +257,15 @@ def test_a_damaged_log_is_repaired(trained, tmp_path, damage):
         found = list(csv.DictReader(f))
     assert found[-1]["iter"] == "65" and all(row in whole for row in found[:-1])
     assert read_log(folder / "log.csv") == (found, 0)
+
+
+def test_a_step_whose_gradient_overflowed_keeps_its_row(tmp_path):
+    log = Log(tmp_path / "out", None, {"tensorboard": False, "wandb": False})
+    log.write(iter=1, tokens=2, seconds=3.5, loss=4.5, grad_norm=math.inf, val_loss=1.5)
+    log.lock.release()
+    rows, damaged = read_log(tmp_path / "out" / "log.csv")
+    row = rows[0]
+    assert (row["grad_norm"], row["val_loss"], damaged) == ("", "1.5", 0)
 
 
 @pytest.mark.parametrize("row", ["1.5,1,1,2", "-3,1,1,2", "1,1,1,-1e308", "1,1,1e300,2"])

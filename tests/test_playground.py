@@ -98,6 +98,19 @@ def test_what_is_written_is_what_the_model_streams(machine):
         close(t["probability"], model(torch.tensor([window]))[0][0, -1].softmax(-1)[t["id"]])
 
 
+def test_a_text_goes_on_in_the_middle_of_a_character(monkeypatch):
+    tok, model = BPETokenizer(), GPT(GPTConfig(block_size=8, vocab_size=50257, n_layer=1, n_head=1, n_embd=4)).eval()
+    ids = tok.encode("é 你")
+
+    def stream(*args, **how):  # the rest of the last character
+        model(torch.tensor([ids[:-1]]), cache=model.new_cache(1))
+        yield torch.tensor(ids[-1:])
+
+    monkeypatch.setattr(model, "stream", stream)
+    assert tok.decode(ids[:-1]).endswith("\ufffd")
+    assert [t["text"] for t in write(model, tok, ids[:-1], 1, 0, PLAIN)] == ["你"]
+
+
 def test_half_a_character_has_its_bytes():
     found = tokens(BPETokenizer(), BPETokenizer().encode("é 你"))
     assert "".join(t["text"] for t in found) == "é 你"

@@ -108,6 +108,21 @@ def test_folders_and_globs(project, tokenizer):
     assert load_tokenizer(meta["tokenizer"]).decode(train + val) == f"first text{between}second text"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows asks for rights to make links")
+def test_a_folder_with_links(project):
+    """Links are followed, but no file is read twice, and a circle ends."""
+    for folder in ("texts/a", "elsewhere/deep"):
+        (project.folder / folder).mkdir(parents=True)
+    (project.folder / "texts" / "a" / "one.txt").write_text("one")
+    (project.folder / "elsewhere" / "deep" / "two.txt").write_text("two")
+    for link, target in (("texts/b", "elsewhere"), ("texts/c", "elsewhere"), ("texts/a/up", "texts"),
+                         ("elsewhere/deep/self", "elsewhere")):
+        (project.folder / link).symlink_to(project.folder / target)
+    project.run("prepare.py", "--dataset=links", "--input=texts", "--val_fraction=0.5")
+    meta, train, val = read(project, "links")
+    assert load_tokenizer(meta["tokenizer"]).decode(train + val) == "one\ntwo"
+
+
 DOCUMENTS = ["first\nof two lines ", "", "", "<|endoftext|> is text", "café \U0001f600 你好", hard_text(400), ""]
 
 

@@ -203,6 +203,19 @@ def test_a_character_model_is_exported_with_its_tokenizer(trained):
     assert same_run(trained.folder / "long", trained.folder / "from-card")
 
 
+def test_a_folder_that_transformers_saved_again(tmp_path):
+    """It then has tokenizer.json, but not vocab.json."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=50257, n_layer=1, n_head=1, n_embd=4))
+    save_pretrained(model, BPETokenizer(), tmp_path / "ours")
+    AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "ours")
+    (tmp_path / "ours" / "vocab.json").unlink()
+    assert isinstance(load_pretrained(tmp_path / "ours")[1], BPETokenizer)
+    text = (tmp_path / "ours" / "tokenizer.json").read_text()
+    assert '"the": 1169,' in text
+    (tmp_path / "ours" / "tokenizer.json").write_text(text.replace('"the": 1169,', '"teh": 1169,'))
+    assert load_pretrained(tmp_path / "ours")[1] is None
+
+
 def test_the_example_in_a_model_card_runs_for_any_characters_and_context(tmp_path):
     text = {"tokenizer": {"kind": "char", "chars": "hé天"}, "model_config": asdict(GPTConfig(8, 3, 1, 1, 4))}
     assert "generate('h', max_new_tokens=7)" in model_card(text, tmp_path)

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from conftest import ROOT, TEXT
@@ -26,6 +27,22 @@ def test_char_round_trip():
     assert tok.eot is None
     again = load_tokenizer(tok.state())
     assert again.encode(TRICKY) == tok.encode(TRICKY)
+
+
+def test_the_end_of_a_text_in_a_prompt(bpe):
+    """A prompt may name the token. In a text it is ordinary characters, which no model has learnt to end at."""
+    for text, ids in (("", []), ("<|endoftext|>", [bpe.eot]), ("a<|endoftext|> b", [64, bpe.eot, 275])):
+        assert bpe.encode_prompt(text) == ids
+        assert bpe.eot not in bpe.encode(text)
+    assert CharTokenizer("<|endoftx>").encode_prompt("<|>") == [0, 1, 9]
+
+
+def test_long_white_space_is_cut_into_what_tiktoken_can_read(bpe, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(bpe, "_bpe", type("Reader", (), {"encode_to_numpy": lambda _, text, **how: np.array(
+        lengths.append(len(text)) or [0])})())
+    bpe.encode_array("ab" + " " * 1_200_000 + "c" + "\n" * 499_999 + "d" + "\t" * 500_000)
+    assert lengths == [500_002, 500_000, 200_000 + 1 + 499_999 + 1 + 500_000, 0]
 
 
 @pytest.mark.parametrize("c", ["Q", "é", "\U0001f600"])

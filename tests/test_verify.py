@@ -226,6 +226,7 @@ def test_verify_gradients_and_its_picture(project):
     project.run("plot.py", "--what=gradients", "--json=g.json", "--file=g.svg")
     svg = (project.folder / "g.svg").read_text()
     assert "Pre-LN, 3 layers" in svg and "mathdefault" not in svg  # a formula's source in the axis labels
+    assert "more than once" in project.fails("plot.py", "--what=gradients", "--json=g.json,g.json")
 
 
 def test_verify_gradients_needs_no_fast_layers(project):
