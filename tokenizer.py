@@ -53,7 +53,7 @@ class CharTokenizer:
         except KeyError as e:
             raise self._unknown(e.args[0]) from None
 
-    encode_prompt = encode
+    encode_prompt = encode  # no characters stand for a special token here
 
     def encode_array(self, text):
         """str -> numpy array of ids. For long texts: one table lookup for all characters."""
