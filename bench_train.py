@@ -74,7 +74,7 @@ def timed_step(i):
     global forward_seconds
     forward_seconds = 0.0
     times = [clock()]
-    x, y = train.get_batch(i)
+    x, y = train.get_batch(train.iter_num + i)  # a resumed run goes on with the batches that follow
     times.append(clock())
     train.forward_backward(x, y)
     times.append(clock())
@@ -103,7 +103,7 @@ def measured_memory():
             kept[storage._cdata] = storage
         return tensor
 
-    x, y = (ids[:train.micro_batch] for ids in train.get_batch(0))
+    x, y = (ids[:train.micro_batch] for ids in train.get_batch(train.iter_num))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), train.autocast:
         loss = train.model(x, y)[1]
     activations = sum(storage.nbytes() for storage in kept.values())  # what FSDP has freed since is empty now

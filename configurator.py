@@ -129,7 +129,8 @@ def _install_hooks():
 _install_hooks()
 for _stream in (sys.stdin, sys.stdout, sys.stderr):  # UTF-8 in files and pipes, too, where Windows has other ideas
     try:
-        _stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        # What is not UTF-8 is shown by its number in outputs, and stays an error in the input.
+        _stream.reconfigure(encoding="utf-8", errors="surrogateescape" if _stream is sys.stdin else "backslashreplace")
     except (AttributeError, ValueError):  # it is closed, replaced by another object, or has been read from
         continue
 

@@ -883,8 +883,8 @@ def for_inference(model, dtype="float32", compile=False):
     if device.type == "cpu":
         keep_memory()
     replace(model, CausalSelfAttention, CompiledAttention if compile else FusedAttention)
-    if dtype != "int8":
-        model.to(getattr(torch, dtype))
+    if dtype != "int8" or model.wte.weight.dtype == torch.float64:
+        model.to(getattr(torch, "float32" if dtype == "int8" else dtype))
     before = {module: module.weight for module in model.modules() if type(module) is nn.Linear}
     was_tied = model.lm_head.weight is model.wte.weight
     if dtype == "int8":

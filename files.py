@@ -4,6 +4,7 @@
     meta = read_json("out/meta.json", {"vocab_size": (int, at_least(1)), "source": (str, None)})
     text = download("https://...", sha256="...")
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -40,7 +41,8 @@ def write_atomically(path, data):
             os.fsync(f.fileno())
         put_in_place(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a read-only disk
+            temporary.unlink()
         if isinstance(error, OSError):  # name the file that the caller knows; a full disk names none
             error.filename, error.filename2 = str(path), None
         raise

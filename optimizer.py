@@ -20,7 +20,7 @@ def schedule(step, warmup_iters, decay_iters, final, curve="cosine"):
     """The learning rate of a step (from 0) as a share of its peak. It rises linearly over warmup_iters steps. Then it
     falls to `final` at step decay_iters, where it stays: along half a cosine (Loshchilov & Hutter 2017, SGDR, without
     restarts) or, with curve="linear", along a line (Defazio et al. 2023, "Optimal linear decay learning rate schedules
-    and further refinements")."""
+    and further refinements"). If decay_iters is not above warmup_iters, it drops to `final` right after the peak."""
     if step < warmup_iters:
         return (step + 1) / (warmup_iters + 1)
     progress = min(1.0, (step - warmup_iters) / max(1, decay_iters - warmup_iters))

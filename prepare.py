@@ -34,6 +34,8 @@ if kind not in ("char", "gpt2"):
     raise UserError(f"tokenizer must be char or gpt2, got {kind!r}")
 if not 0 < val_fraction < 1:
     raise UserError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+if val_input and "val_fraction" in overrides:
+    raise UserError("--val_input names the text of the validation split; leave out --val_fraction")
 if "" in (input, val_input):
     raise UserError("input and val_input are files, folders or globs, got ''")
 if not is_dataset_name(dataset):
@@ -463,6 +465,10 @@ def main():
 
 def prepare_text():
     """Text -> train.bin, val.bin and meta.json in .partial. Returns the contents of meta.json."""
+    if input and "dataset" not in overrides and (FOLDER / "meta.json").is_file():
+        before = read_json(FOLDER / "meta.json", {}).get("source")
+        if before not in (input, "standard input"):
+            raise UserError(f"{FOLDER} holds a dataset made from {before}; name the new one: --dataset=NAME")
     files, source = find_files()
     val_files = expand("val_input", val_input) if val_input else []
     if not any(size_of(p) for p in files):

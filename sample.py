@@ -135,6 +135,8 @@ def converse():
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").rstrip("\r")
+            if any("\ud800" <= c <= "\udfff" for c in line):
+                raise UserError("the prompt is not UTF-8; convert it first, for example with iconv")
             if line:
                 write_texts(*read_prompt(line))
         except (UserError, OSError) as e:  # a character that the model does not know, a file that is not there

@@ -138,7 +138,7 @@ distributed.check_same(checkpoint["iter_num"] if checkpoint else 0, f"checkpoint
 data_dir = Path(__file__).resolve().parent / "data" / dataset
 distributed.run_on_main_process(prepare_dataset, data_dir, prepare, distributed.finish)  # if it is not there yet
 meta, train_data, val_data = open_dataset(data_dir)
-chosen = choose_settings(config, len(train_data), meta["vocab_size"], device, finetune=pretrained is not None)
+chosen = choose_settings(config, len(train_data), meta["vocab_size"], device, init_from not in ("scratch", "resume"))
 globals().update(chosen)
 # The schedule is fixed when a run starts: if it later trains for longer, the rates do not jump.
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
@@ -180,7 +180,7 @@ torch.manual_seed(seed)
 shape = {k: v for k, v in (fixed | config).items() if k in asdict(GPTConfig())}  # settings named as in GPTConfig
 model_config = pretrained.config if pretrained else GPTConfig(**shape | {"vocab_size": meta["vocab_size"]})
 check_training_memory(device, model_config, sequences // world_size, micro_batch, block_size, dtype, strategy)
-raw_model = pretrained or GPT(model_config)
+raw_model = (pretrained or GPT(model_config)).float()
 for_training(raw_model.to(device).train())  # faster layers that compute the same
 if strategy == "fsdp":
     distributed.shard(raw_model, device)

@@ -26,3 +26,8 @@ def test_errors(trained):
     assert "steps must be at least 1" in trained.fails("bench_train.py", "--steps=0")
     assert "expects int" in trained.fails("bench_train.py", "--batch_size=many")
     assert "nonsense" in trained.fails("bench_train.py", "--nonsense=1")
+
+
+def test_a_run_that_goes_on_with_larger_steps(trained):
+    printed = trained.run("bench_train.py", "--init_from=resume", "--batch_size=32", "--steps=1")
+    assert "a step: " in printed

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -231,7 +232,6 @@ def test_the_end_of_text_token_as_a_prompt(project):
 
 
 def test_prompts_from_the_keyboard(trained):
-    import subprocess
     done = subprocess.run(trained.command("sample.py", "--interactive", "--max_new_tokens=5"), cwd=trained.folder,
                           input="The\n\n€\nand\n", capture_output=True, text=True, encoding="utf-8")
     first, second, end = done.stdout.split("\n", 2)
@@ -305,3 +305,10 @@ def test_sizes_that_nobody_names_fit_the_text(project):
     assert "chosen" not in printed and "step 3/3" in printed
     printed = project.run("train.py", "--init_from=out", "--dataset=short", "--out_dir=tuned", "--max_iters=1")
     assert printed.startswith("chosen to fit short: --batch_size=8 --optimizer=adamw --learning_rate=0.0001 ")
+
+
+def test_an_interactive_prompt_that_is_not_utf8_is_refused(trained):
+    done = subprocess.run(trained.command("sample.py", "--interactive", "--max_new_tokens=5"), cwd=trained.folder,
+                          input=b"The \xff old\nThe old\n", capture_output=True)
+    assert done.returncode == 0 and b"The old" in done.stdout
+    assert done.stderr == b"error: the prompt is not UTF-8; convert it first, for example with iconv\n"

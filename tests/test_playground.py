@@ -325,4 +325,24 @@ def test_in_a_browser(server, browser, tmp_path):
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         assert browser.execute_script(OVERLAPS) == []
         browser.save_screenshot(str(tmp_path / f"{width}.png"))
-    assert browser.get_log("browser") == []
+    # An edit that changes nothing keeps the figures. A new text is explained from its first token on.
+    titles = "return [...document.querySelectorAll('#text .token')].map(e => e.title)"
+    before = browser.execute_script(titles)
+    assert len(before) > 100
+    find("#change")[0].click()
+    find("#change")[0].click()
+    until(lambda: find("#text")[0].is_displayed())
+    assert browser.execute_script(titles) == before
+    find("#text")[0].send_keys("\ue011")  # home: nothing came before the first token
+    until(lambda: "Nothing came before" in find("#looked")[0].text)
+    assert not find("#heads button") and find("#head-name")[0].text == "" and "0 of" in find("#memory")[0].text
+    find("#t20")[0].click()
+    find("#clear")[0].click()
+    until(lambda: "1 back" in find("#head-name")[0].text and find("#write")[0].text == "Write")
+    browser.execute_script("top_k.value = 3; top_k.dispatchEvent(new Event('input'))")
+    find("#edit")[0].send_keys("The old")
+    find("#change")[0].click()
+    until(lambda: len(find("#text .token")) == 8 and find("#write")[0].text == "Go on")
+    browser.execute_script("t3.dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))")
+    until(lambda: find("#t3[aria-selected=true]"))
+    assert not find("#status.bad") and browser.get_log("browser") == []

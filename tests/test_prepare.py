@@ -123,6 +123,16 @@ def test_a_folder_with_links(project):
     assert load_tokenizer(meta["tokenizer"]).decode(train + val) == "one\ntwo"
 
 
+def test_another_dataset_is_not_replaced_unasked(project):
+    for name in ("a", "b"):
+        (project.folder / f"{name}.txt").write_text(f"text {name}\n" * 9)
+    project.run("prepare.py", "--input=a.txt")
+    project.run("prepare.py", "--input=a.txt")
+    assert "made from a.txt; name the new one: --dataset=NAME" in project.fails("prepare.py", "--input=b.txt")
+    project.run("prepare.py", "--input=b.txt", "--dataset=shakespeare_char")
+    assert read(project, "shakespeare_char")[0]["source"] == "b.txt"
+
+
 DOCUMENTS = ["first\nof two lines ", "", "", "<|endoftext|> is text", "café \U0001f600 你好", hard_text(400), ""]
 
 

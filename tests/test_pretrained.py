@@ -1,5 +1,6 @@
 """GPT-2 weights in and out, against transformers' GPT2LMHeadModel with random weights."""
 import json
+import re
 import shlex
 import zipfile
 from dataclasses import asdict
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
-from checkpoint import load_model, load_pretrained, model_card, save_pretrained
+from checkpoint import load_checkpoint, load_model, load_pretrained, model_card, save_pretrained
 from files import UserError
 from model import GPT, GPTConfig
 from test_train import same_run
@@ -214,6 +215,24 @@ def test_a_folder_that_transformers_saved_again(tmp_path):
     assert '"the": 1169,' in text
     (tmp_path / "ours" / "tokenizer.json").write_text(text.replace('"the": 1169,', '"teh": 1169,'))
     assert load_pretrained(tmp_path / "ours")[1] is None
+
+
+def test_float64_weights_are_trained_in_float32_and_written_in_int8(trained):
+    model, tok, _ = load_model(trained.folder / "out")
+    save_pretrained(model.double(), tok, trained.folder / "double")
+    trained.run("train.py", "--dataset=tiny", "--init_from=double", "--max_iters=1", "--out_dir=single")
+    assert load_checkpoint(trained.folder / "single" / "latest.pt")["model"]["wte.weight"].dtype == torch.float32
+    done = trained.finish("sample.py", "--init_from=double", "--dtype=int8", "--start=The old", "--max_new_tokens=9")
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_a_finetuning_run_that_is_resumed_chooses_as_before(trained):
+    """A setting at None is chosen anew, for finetuning again."""
+    how = ["--out_dir=finetuned", "--max_iters=1", "--eval_tokens=100"]
+    first = trained.run("train.py", "--dataset=tiny", "--init_from=out", *how)
+    again = trained.run("train.py", "--init_from=resume", *how, "--learning_rate=None", "--optimizer=adamw")
+    rate = re.search("--learning_rate=[^ ]+", first)[0]
+    assert rate == "--learning_rate=0.0001" and rate in again
 
 
 def test_the_example_in_a_model_card_runs_for_any_characters_and_context(tmp_path):
