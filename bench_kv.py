@@ -223,8 +223,9 @@ def bench(name, gpt):
     plan = list(variants(config))
     longest = max(p for *_, p in plan) + new_tokens
     if longest > config.block_size:
+        hint = "lower --prompt or --new_tokens" if config.block_size > 4 else "which is too short to measure"
         raise UserError(f"a prompt of {longest - new_tokens} and {new_tokens} new tokens exceed the block_size of "
-                        f"{name}, {config.block_size}; lower --prompt or --new_tokens")
+                        f"{name}, {config.block_size}; {hint}")
     print(f"\n{name}: {gpt.num_parameters():,} parameters, block_size {config.block_size}, {device}, "
           f"{torch.get_num_threads()} threads, memory read at {memory_bandwidth() / 1e9:.1f} GB/s")
     gpts = {(d, c): for_inference(copy.deepcopy(gpt), d, c) for d, c in {(d, c) for d, c, *_ in plan}}
