@@ -508,9 +508,9 @@ class StaticCache(KVCache):
 
     def check_room(self, T):
         """ValueError if there is no room for T more tokens."""
-        if self.length + T > self.capacity:
-            raise ValueError(f"a sequence of {self.length.item() + T} tokens exceeds the cache's capacity "
-                             f"{self.capacity}")
+        end = self.length.item() + T
+        if end > self.capacity:
+            raise ValueError(f"a sequence of {end} tokens exceeds the cache's capacity {self.capacity}")
 
     def append(self, layer, k, v):
         """Stores the keys and values (B, nh, T, hs) of T new positions; returns (B, nh, capacity, hs)."""
