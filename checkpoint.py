@@ -103,7 +103,7 @@ FIELDS = {"model": ((dict, OrderedDict), None), "model_config": (dict, plain), "
           "scaler": (dict, numbers("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")),
           "iter_num": (int, at_least(0)), "bad_evals": (int, at_least(0)), "tokens": (int, at_least(0)),
           "best_val_loss": (float, at_least(0)), "wandb_id": (str, None),
-          "seconds": (float, lambda s: None if 0 <= s <= 1e9 else "from 0 to 1e9")}  # more would not count single steps
+          "seconds": (float, lambda s: None if 0 <= s <= 1e9 else "from 0 to 1e9")}  # more cannot be meant
 TO_SAMPLE = "model", "model_config", "tokenizer"
 TO_RESUME = *TO_SAMPLE, "config", "optimizer", "iter_num", "bad_evals", "seconds", "scaler"
 
@@ -203,8 +203,8 @@ CALLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._
 
 
 def is_plain_pickle(data):
-    """Whether a pickle holds nothing but tensors and plain values, and not too many. It may refer to a tuple more than
-    once, but only 20 times: to look up a tuple of tuples in a dict takes twice as long for each time."""
+    """Whether a pickle holds nothing but tensors and plain values, and not too many. It may repeat tuples, but
+    only 20 times: each time that a tuple holds another one twice, its hash takes twice as long."""
     tuples, references, before = set(), 0, None
     for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         name = opcode.name

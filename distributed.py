@@ -3,7 +3,7 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 Every process has a rank, from 0 to world_size - 1. Rank 0 is the main process: it prints and writes files. Without
-torchrun there is one process, and every function here does the obvious thing for it.
+torchrun there is one process, for which most functions here have nothing to do.
 """
 import contextlib
 import datetime

@@ -3,14 +3,14 @@
     for_training(model)                                    # train.py calls it
     for_inference(model, dtype="bfloat16", compile=True)   # sample.py calls it
 
-Both change the model in place and return it: a layer gets a subclass that computes the same from the same weights.
+Both change the model in place and return it: a layer's class becomes a subclass that computes the same, but faster.
 
     layer of model.py      becomes           because                                                        gain
     CausalSelfAttention    FusedAttention    PyTorch's fused kernel never stores the T x S scores           1.8x
                                              (but a CPU in bfloat16 trains faster with the plain code)      1.1x
                            CompiledAttention compiled: loops that read only what is filled of the cache     unmeasured
     nn.Dropout on a CPU    FastDropout       16 random bits decide as well as a float, and cost less        1.6x
-    nn.GELU on a CPU       FastGELU          in float32, GELU is faster by a sigmoid than by tanh           1.6x
+    nn.GELU on a CPU       FastGELU          in float32, GELU is faster with a sigmoid than with tanh           1.6x
     nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.2x
                            PackedLinear      a large weight is stored in the order in which oneDNN reads it 1.4x
                            SplitLinear       (but with AVX2, MKL multiplies one row faster, in large parts) 2.0x
@@ -643,7 +643,8 @@ def library_step(model, cache):
         raise UserError(f"compiled decoding needs {missing}; or leave --compile out")
     with tempfile.TemporaryDirectory() as other, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        print("compiling the step for one token, once for a model of this shape; this takes a while", file=sys.stderr)
+        print("compiling the step for one token, once for this shape and this number of samples; this takes a while",
+              file=sys.stderr)
         made = Path(other, "step.pt2")
         make_library(made, model, cache)
         step = load_library(made, model, cache)

@@ -6,8 +6,9 @@
 
 Text is cut into tokens (characters, or pieces of words), and each has an id. The model reads ids and returns logits: at
 each position, one score for every token that could come next. A position sees itself and the positions before it, never
-those after ("decoder-only"). So one pass over T tokens makes T predictions, each from a longer beginning of the text,
-and training learns from all of them. See Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+those after ("causal"). So one pass over T tokens makes T predictions, and training learns from all of them. The first
+transformer (Vaswani et al. 2017) also has an encoder, in which each position of a second text sees all others. Here is
+only the decoder. See Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 Shapes in comments:
     B   batch, the number of sequences
@@ -78,9 +79,9 @@ def attention(q, k, v, positions, dropout=None):
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention: nh heads work in parallel, each with queries, keys and values of hs features, computed from
-    all C. One head can look for the previous letter while another looks for the start of the line. A single head has
-    one set of weights, so it would have to mix the two. Queries, keys and values are linear maps of the same input:
-    this is what makes it self-attention."""
+    all C. One head can look for the previous letter while another looks for the start of the line. A single head gives
+    each position one weight, so it would mix the two. Queries, keys and values are linear maps of the same input: this
+    is what makes it self-attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -129,15 +130,14 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. x is the residual stream: C features for each position that run through the whole model. Attention and
-    MLP each read a normalised copy of the stream and add their output to it, so every layer can build on what earlier
-    layers wrote. LayerNorm gives each position's features mean 0 and variance 1, then applies a learned scale and
-    shift, so a layer sees inputs of the same magnitude however large the stream has grown.
+    """One of n_layer blocks. x is the residual stream: C features for each position that run through the whole model.
+    Two sublayers, attention and MLP, each read a normalised copy of the stream and add their output to it, so each can
+    build on what earlier ones wrote. LayerNorm gives each position's features mean 0 and variance 1, then applies a
+    learned scale and shift, so a sublayer's inputs have the same magnitude however large the stream has grown.
 
-    Normalising a layer's input is called Pre-LN. The stream itself is never normalised between blocks, so gradients
-    have a direct path from the loss to every block, at any depth (verify_gradients.py shows it). The original
-    transformer (2017) used Post-LN, norm(x + f(x)): every layer rescales the stream, and deep models train only with a
-    careful warmup of the learning rate (Xiong et al. 2020). Dropout, too, acts only on what a block adds."""
+    Normalising a sublayer's input is called Pre-LN. The stream itself is never normalised between blocks, so gradients
+    have a direct path from the loss to every block (verify_gradients.py shows it). In Post-LN, norm(x + f(x)), as in
+    the first transformer, each sublayer rescales the stream, and deep models need a long warmup (Xiong et al. 2020)."""
 
     def __init__(self, config):
         super().__init__()
@@ -159,8 +159,8 @@ class KVCache:
     its query is compared with the cached keys. Past queries are not kept, since nothing uses them again.
 
     The cache holds 2 * n_layer * B * capacity * n_embd numbers. For a sequence of GPT-2 small in float32, these are
-    2 * 12 * 1024 * 768 * 4 bytes = 75 MB. It cannot slide, that is, drop its oldest token to make room for a new one:
-    every other token would have a new position, and its keys and values, which depend on it, would be wrong."""
+    2 * 12 * 1024 * 768 * 4 bytes = 75 MB. It cannot slide, that is, drop its oldest token to make room for a new one.
+    All other keys and values depend on their positions, which would change, and in later blocks on the oldest token."""
 
     def __init__(self, config, batch_size, length=None, device=None, dtype=None):
         """length: the capacity in positions, by default block_size. ValueError if it exceeds block_size."""
@@ -204,8 +204,8 @@ class KVCache:
 
 # --- the model ---
 class GPT(nn.Module):
-    """Embeddings, n_layer blocks, a final norm of the stream, and an output layer (lm_head) that turns it into logits.
-    The names are GPT-2's, so its published weights fit."""
+    """Embeddings, n_layer blocks, a last norm (lm_head, too, wants inputs of one magnitude), and an output layer,
+    lm_head, which turns the stream into logits. The names are GPT-2's, so its published weights fit."""
 
     def __init__(self, config):
         super().__init__()
@@ -245,14 +245,14 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
 
         # Attention alone cannot tell in which order the earlier tokens came. Adding a vector for the position makes "a"
-        # at position 3 a different input from "a" at position 7. C features have room for both, for the layers to use.
+        # at position 3 a different input from "a" at position 7. C features can hold both, as the model learns.
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C) + (T, C) -> (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, positions, cache, layer)           # (B, T, C)
         if cache is not None:
             cache.length += T
         if last_only:
-            x = x[:, -1:]                                   # (B, 1, C): saves lm_head the other positions
+            x = x[:, -1:]                                   # (B, 1, C): lm_head then computes one position
         logits = self.lm_head(self.ln_f(x))                 # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits, None

@@ -69,11 +69,11 @@ def multiplied_factors(gram):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose direction is orthogonalised. Its step is equally large in all directions of a matrix, so a few
-    large singular values do not dominate it (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural
-    networks"). Matrices of one shape are orthogonalised together, in `dtype`; torch.optim.Muon takes one at a time, in
-    bfloat16. A group's `parts` says how many matrices are stacked in each of its parameters. With `beta2`, the rows of
-    a step become about equally large as well: see `even_rows`."""
+    """Steps along the running mean of the gradient (its momentum), after `orthogonalize` has made the singular values
+    of each matrix about equal. Otherwise a few large ones dominate the step (Jordan et al. 2024, "Muon: an optimizer
+    for hidden layers in neural networks"). Matrices of one shape are orthogonalised together, in `dtype`;
+    torch.optim.Muon takes one at a time, in bfloat16. A group's `parts` says how many matrices are stacked in each of
+    its parameters. With `beta2`, the rows of a step become about equally large as well: see `even_rows`."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, beta2=0.0, weight_decay=0.0, parts=1, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, momentum=momentum, beta2=beta2, weight_decay=weight_decay, parts=parts))
@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
                 grads = [p.grad for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - momentum)
-                torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov momentum, written over the gradients
+                torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov: mean and newest gradient mixed, in place
                 updates = torch.stack([gathered(g) for g in grads]).to(self.dtype)
                 rows, cols = shape[0] // group["parts"], shape[1]
                 updates = orthogonalize(updates.view(-1, rows, cols)).view(-1, *shape).to(params[0].dtype)
@@ -103,8 +103,8 @@ class Muon(torch.optim.Optimizer):
                     updates = self.even_rows(updates, params, group["beta2"])
                 updates = [shard_like(u, p) for u, p in zip(updates, params, strict=True)]
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-                # The orthogonal matrix keeps the length of its input. With more rows than columns, it spreads this
-                # length over more outputs, so each changes less. The factor makes up for that, as in Jordan's code.
+                # An orthogonal matrix keeps the length of the vectors that it multiplies. With more rows than columns,
+                # it spreads this length over more outputs, so each changes less. The factor makes up for that.
                 torch._foreach_add_(params, updates, alpha=-lr * max(1, rows / cols) ** 0.5)
 
     def even_rows(self, updates, params, beta2):

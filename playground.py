@@ -57,6 +57,7 @@ def describe():
     start = [tok.eot] if tok.eot is not None else tok.encode("\n" if "\n" in tok.chars else tok.chars[0])
     return vars(model.config) | {
         "name": out_dir if init_from == "resume" else init_from, "parameters": model.num_parameters(),
+        "weight_bytes": sum(m.weight.nbytes for m in model.modules() if isinstance(m, model_py.nn.Linear)),
         "start": tokens(tok, start), "lines": {k: [first, first + len(text) - 1] for k, (text, first) in lines.items()}}
 
 
@@ -162,8 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send_lines(self, found):
-        """Sends each item as a line of JSON when it is there. When the page goes away, sending fails, and the text
-        ends."""
+        """Sends each item as a line of JSON when it is there, until all are sent or the page goes away."""
         if not writing.acquire(timeout=5):
             self.send(503, {"error": "another text is being written"})
             return

@@ -88,7 +88,9 @@ class CharTokenizer:
 
 
 class BPETokenizer:
-    """GPT-2's byte-pair encoding: 50256 tokens and <|endoftext|>. UserError if its vocabulary cannot be downloaded."""
+    """GPT-2's byte-pair encoding: 50256 tokens and <|endoftext|>. The first 256 tokens are the bytes. Each further one
+    joins the pair of tokens that was then the most frequent in GPT-2's training text (Sennrich et al. 2016, "Neural
+    Machine Translation of Rare Words with Subword Units"). UserError if the vocabulary cannot be downloaded."""
 
     kind = "gpt2"
 

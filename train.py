@@ -34,7 +34,7 @@ muon_learning_rate: float | None = None  # Muon's peak
 muon_momentum = 0.9                # Muon's decay of the running mean of the gradient; 0.95 for long runs
 warmup_iters: int | None = None    # steps in which the rates rise to their peaks; None: a tenth of lr_decay_iters
 lr_decay = "linear"                # the curve on which they fall again: linear, or cosine
-lr_decay_iters: int | None = None  # the step at which they reach their final values; None: max_iters at the start
+lr_decay_iters: int | None = None  # the step at which they reach their final values; None: the first max_iters
 final_lr_fraction = 0.0            # the rates at the end, as a fraction of their peaks
 weight_decay = 0.1                 # pulls matrices towards zero, by this times the rate; biases and norms have none
 beta1 = 0.9                        # AdamW's decay of the running mean of the gradient
@@ -168,7 +168,7 @@ def get_batch(step):
     """The inputs and targets (micro_steps * micro_batch, T) of this process in a step. They follow from the seed and
     the sequences read before. They are the same after a resume, and in several processes together as in one."""
     mine = sequences // world_size
-    first = extra // block_size + step * sequences + distributed.rank * mine  # extra: see progress in checkpoint.py
+    first = extra // block_size + step * sequences + distributed.rank * mine  # extra: tokens of another batch_size
     starts = np.array([window_starts(i // windows)[i % windows] for i in range(first, first + mine)])
     ids = to_device(train_data[starts[:, None] + np.arange(block_size + 1)], device)
     return ids[:, :-1], ids[:, 1:]  # the target at each position is the next token
@@ -225,7 +225,7 @@ def evaluate(data, evenly=False):
     n = max(1, min(eval_tokens, len(val_data) - 1) // T)
     starts = np.linspace(0, len(data) - T - 1, n).astype(np.int64) if evenly else np.arange(n) * T
     mine = starts[distributed.rank::world_size]
-    # Reads as many windows at once as make 8192 tokens or 2^26 logits (the largest tensor), at least a micro-step's.
+    # One pass reads up to 8192 tokens, fewer if they have more than 2^26 logits, but never less than a micro-step.
     at_once = max(micro_batch, min(8192, 2 ** 26 // meta["vocab_size"]) // T)
     raw_model.eval()
     total = 0.0
@@ -309,7 +309,7 @@ if __name__ == "__main__":
     if checkpoint:
         print_once(f"resuming {out_dir} after step {iter_num}")
         if max_iters > lr_decay_iters and not final_lr_fraction:
-            print_once(f"the rate is 0 from step {lr_decay_iters} on; for more steps: --lr_decay_iters={max_iters}")
+            print_once(f"the rate is 0 from step {lr_decay_iters} on; to learn more: --lr_decay_iters={max_iters}")
     elif not pretrained:  # all tokens are about equally likely to an untrained model
         print_once(f"untrained, the loss should be about ln(vocab_size) = ln({V}) = {math.log(V):.4f}")
     if eval_only:
@@ -372,8 +372,11 @@ if __name__ == "__main__":
         print_once(f"stopped by signal {stop} after step {iter_num}; "
                    f"go on with: python train.py --init_from=resume{where}")
     elif loss is None:
+        needed = "--patience" if out_of_patience() else "--max_iters"
+        if not out_of_patience() and iter_num >= lr_decay_iters and not final_lr_fraction:
+            needed += " and --lr_decay_iters"  # otherwise the rate would stay 0
         print_once(f"nothing to do: the run has {iter_num} steps already, and max_iters is {max_iters}; "
-                   f"raise --{'patience' if out_of_patience() else 'max_iters'} to go on")
+                   f"raise {needed} to go on")
     else:
         memory = f"at most {peak_memory(device) / 1e9:.2f} GB of memory, " if peak_memory(device) else ""
         print_once(f"done in {format_seconds(seconds)} of training, {memory}lowest validation loss {best_val_loss:.4f}"

@@ -338,7 +338,7 @@ def test_in_a_browser(server, browser, tmp_path):
     assert not find("#heads button") and find("#head-name")[0].text == "" and "0 of" in find("#memory")[0].text
     find("#t20")[0].click()
     find("#clear")[0].click()
-    until(lambda: "1 back" in find("#head-name")[0].text and find("#write")[0].text == "Write")
+    until(lambda: "the last token itself" in find("#head-name")[0].text and find("#write")[0].text == "Write")
     browser.execute_script("top_k.value = 3; top_k.dispatchEvent(new Event('input'))")
     find("#edit")[0].send_keys("The old")
     find("#change")[0].click()
