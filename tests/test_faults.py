@@ -426,6 +426,7 @@ def test_a_run_does_not_rename_datasets_or_other_runs(trained):
 def test_steps_that_change_nothing_are_announced(trained):
     shutil.copytree(trained.folder / "out", trained.folder / "zero")
     how = ["train.py", "--init_from=resume", "--out_dir=zero", "--final_lr_fraction=0"]
+    assert "; raise --max_iters and --lr_decay_iters to go on\n" in trained.run(*how)
     words = "the rate is 0 from step 60 on; to learn more: --lr_decay_iters=62"
     assert words in trained.run(*how, "--max_iters=62")
     assert "the rate is 0" not in trained.run(*how, "--max_iters=64", "--lr_decay_iters=64")
