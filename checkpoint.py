@@ -86,12 +86,14 @@ def plain(value):
     return None if all(type(item) in kinds for item in value.values()) else "numbers and strings"
 
 
-def numbers(*names):
-    """A check as for read_json: what a dict holds under these names must be finite numbers of at least 0, or None."""
+def numbers(may_be_none=False, **types):
+    """A check as for read_json: what a dict holds under these names must have the type and lie between 0 and 2^63, or
+    1e38 for a float. It may be missing."""
     def check(value):
-        found = [n for name in names if (n := value.get(name)) is not None]
-        good = all(type(n) in (int, float) and 0 <= n < math.inf for n in found)
-        return plain(value) or (None if good else f"a dict with numbers of at least 0 as {', '.join(names)}")
+        found = [(value[name], kind) for name, kind in types.items()
+                 if name in value and not (may_be_none and value[name] is None)]
+        good = all(type(n) is kind and 0 <= n <= (1e38 if kind is float else 2 ** 63 - 1) for n, kind in found)
+        return plain(value) or (None if good else f"a dict with numbers of at least 0 as {', '.join(types)}")
     return check
 
 
@@ -99,8 +101,9 @@ def numbers(*names):
 # not what is needed to sample or to resume.
 FIELDS = {"model": ((dict, OrderedDict), None), "model_config": (dict, plain), "tokenizer": (dict, plain),
           "config": (dict, plain), "optimizer": (dict, None),
-          "text": (dict, numbers("val_tokens", "val_bytes", "evaluated")),
-          "scaler": (dict, numbers("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")),
+          "text": (dict, numbers(may_be_none=True, val_tokens=int, val_bytes=int, evaluated=int)),
+          "scaler": (dict, numbers(scale=float, growth_factor=float, backoff_factor=float, growth_interval=int,
+                                   _growth_tracker=int)),
           "iter_num": (int, at_least(0)), "bad_evals": (int, at_least(0)), "tokens": (int, at_least(0)),
           "best_val_loss": (float, at_least(0)), "wandb_id": (str, None),
           "seconds": (float, lambda s: None if 0 <= s <= 1e9 else "from 0 to 1e9")}  # more cannot be meant
@@ -445,9 +448,10 @@ def has_same_text(checkpoint, text, path, may_differ):
     before = checkpoint.get("text") or text
     if all(before.get(k) == text[k] for k in ("sha256", "val_tokens")):
         most = text["val_tokens"] - 1  # the last token is only a target
-        if min(before.get("evaluated", text["evaluated"]), most) == min(text["evaluated"], most):
+        evaluated = before.get("evaluated") or text["evaluated"]
+        if min(evaluated, most) == min(text["evaluated"], most):
             return True
-        print_once(f"eval_tokens is {text['evaluated']}, not {before['evaluated']} as in the checkpoint, so the lowest "
+        print_once(f"eval_tokens is {text['evaluated']}, not {evaluated} as in the checkpoint, so the lowest "
                    "validation loss is reset")
         return False
     if not may_differ:
@@ -575,7 +579,7 @@ def move_earlier_run(folder, lock):
         lock.release()       # starts now, its lock
         new = move_aside(folder)
     lock.release()
-    print(f"{folder} held an earlier run: moved it to {new}", flush=True)
+    print_once(f"{folder} held an earlier run: moved it to {new}")
     folder.mkdir(exist_ok=True)
     return True
 
@@ -637,9 +641,10 @@ class Log:
         for file in self.path.parent.glob("*.tmp"):
             if UNFINISHED.fullmatch(file.name) and not file.is_dir():
                 file.unlink()
+        self.locked = os.stat(self.lock.lock_file)
         rows, damaged = read_log(self.path) if checkpoint and self.path.exists() else ([], 0)
         if damaged:
-            print(f"{self.path}: left out {damaged} damaged line{'s' * (damaged != 1)}", flush=True)
+            print_once(f"{self.path}: left out {damaged} damaged line{'s' * (damaged != 1)}")
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, LOG_COLUMNS)
         writer.writeheader()
@@ -653,10 +658,25 @@ class Log:
                                     dir=folder, config=config, id=self.wandb_id, resume="allow")
             self.wandb_id = self.wandb.id
 
+    def check_folder(self):
+        """UserError if the folder of the run was moved or removed. Another run may be using its name now."""
+        try:
+            same = os.path.samestat(self.locked, os.stat(self.lock.lock_file))
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(f"{self.path.parent} was moved or removed while the run was using it; the run stops here")
+
+    def save(self, path, checkpoint):
+        """Writes a checkpoint of the run: see save_checkpoint."""
+        self.check_folder()
+        save_checkpoint(path, checkpoint)
+
     def write(self, **row):
         """Appends a row to log.csv; columns that are not given stay empty."""
         if not is_main_process():
             return
+        self.check_folder()
         with open(self.path, "a", newline="", encoding="utf-8") as f:
             csv.DictWriter(f, LOG_COLUMNS).writerow(
                 {k: f"{v:.12g}" for k, v in row.items() if math.isfinite(v)})  # a norm that overflowed stays empty
@@ -731,6 +751,8 @@ def load_pretrained(name_or_folder, block_size=None, dropout=0.0):
             raise UserError(f"{name_or_folder}: {name} has shape {tuple(tensors[name].shape)}, which does not fit "
                             "config.json")
         own[name].copy_(t)
+    check_finite(own, str(name_or_folder), "; fetch it again")
+    check_finite(probe(model), f"{name_or_folder}: what the model computes", "; fetch it again")
     return model.eval(), pretrained_tokenizer(folder, is_name, config.vocab_size)
 
 
@@ -863,7 +885,7 @@ def save_pretrained(model, tokenizer, folder, card=""):
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if folder.exists() and any(folder.iterdir()):
-        print(f"{folder} held an earlier export: moved it to {move_aside(folder)}", flush=True)
+        print_once(f"{folder} held an earlier export: moved it to {move_aside(folder)}")
     elif folder.exists():
         folder.rmdir()
     partial.rename(folder)

@@ -289,7 +289,7 @@ def _read_config_file(path, settings, namespace):
         exec(builtins.compile(tree, found, "exec"), values)  # some scripts have a setting named compile
     except (UserError, BrokenPipeError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line, trace = 1, error.__traceback__
         while trace:  # the last line of the config file that the error passed through
             if trace.tb_frame.f_code.co_filename == found:

@@ -14,10 +14,18 @@ import sys
 import torch
 import torch.distributed as dist
 
-from files import UserError
+from files import UserError, say
 
 is_distributed = {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # torchrun sets both
-rank, world_size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if is_distributed else (0, 1)
+rank, world_size = 0, 1
+if is_distributed:
+    try:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if not 0 <= rank < world_size:
+            raise ValueError
+    except ValueError:
+        raise UserError("RANK must be a number from 0 to WORLD_SIZE - 1, as torchrun sets them in the environment, got "
+                        f"RANK={os.environ['RANK']!r}, WORLD_SIZE={os.environ['WORLD_SIZE']!r}") from None
 store = None  # where processes leave each other messages
 calls = 0     # of run_on_main_process so far
 
@@ -39,12 +47,13 @@ def start(device, strategy="ddp"):
         raise UserError(f"several processes need CPUs or NVIDIA GPUs; device {device.type} takes one, without torchrun")
     try:
         store = next(dist.rendezvous("env://"))[0]
-    except ValueError as e:  # RANK and WORLD_SIZE are set, but not the other variables
-        raise UserError(f"several processes need torchrun to start them: see --help ({e})") from None
+    except (ValueError, RuntimeError) as e:  # the other variables are not set, or the port is in use
+        reason = str(e).splitlines()[0]
+        raise UserError(f"several processes need torchrun to start them: see --help ({reason})") from None
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun's store outlives a restart of the processes. Under a name of their own, the new ones do not find the
         # addresses of the dead. (Several machines may count restarts differently: see docs/scaling.md.)
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     # Tensors on the CPU go through gloo, so that agreeing on a number does not wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
@@ -62,12 +71,9 @@ def finish(code=0):
 
 
 def print_once(*words):
-    """print, from the main process only. If nobody reads the output any more, the run goes on without it."""
+    """`say`, from the main process only."""
     if is_main_process():
-        try:
-            print(*words, flush=True)
-        except OSError:  # as after `| head`, or when the disk is full
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say(*words)
 
 
 # --- agreeing on numbers ---

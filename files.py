@@ -66,6 +66,15 @@ def read_small(path, most=64, pipes=False):
     return data
 
 
+def say(*words):
+    """print. If nobody reads the output any more, the program goes on without it."""
+    import sys
+    try:
+        print(*words, flush=True)
+    except OSError:  # as after `| head`, or when the disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 # --- JSON, checked against a description of its fields ---
 
 def at_least(least):
@@ -163,7 +172,7 @@ def prepare_dataset(folder, arguments, give_up):
     import sys
     finish_publishing(folder)
     if not (folder / "meta.json").exists():
-        print(f"no dataset in {folder}: preparing it", flush=True)
+        say(f"no dataset in {folder}: preparing it")
         try:
             words = shlex.split(arguments.replace("\\", "\\\\"))  # Windows' paths have backslashes
         except ValueError as e:

@@ -79,7 +79,7 @@ def bits_per_nat(folder):
     from checkpoint import find_checkpoint, load_checkpoint
     path = find_checkpoint(folder)
     text = load_checkpoint(path).get("text", {}) if path else {}
-    if not text.get("val_bytes"):
+    if not (text.get("val_bytes") and text.get("val_tokens")):
         raise UserError(f"{folder} has no checkpoint that says how many bytes its validation text has; train the model "
                         "again, or leave out --y=bits")
     return text["val_tokens"] / text["val_bytes"] / math.log(2)

@@ -290,6 +290,7 @@ def encode(name, tok, files, progress, dtype, sha256, bad, notes):
     the text to sha256. Returns how many documents there are."""
     separator_text = "\n" if tok.eot is None else "<|endoftext|>"
     total, own = sum(size_of(p) for p in files), progress[name]
+    changed = f"{input or files[0]} is not the text that the earlier run read"
 
     def encode_some(pieces):  # [(text, whether a separator stands before it), ...] -> ids
         arrays = []
@@ -309,7 +310,7 @@ def encode(name, tok, files, progress, dtype, sha256, bad, notes):
             for number, (piece, first, position) in pieces:
                 done = position
                 if number == skipped and sha256.hexdigest() != own.get("sha256", sha256.hexdigest()):
-                    start_over(f"{input or files[0]} is not the text that the earlier run read")
+                    start_over(changed)
                 if first and number:
                     sha256.update(separator_text.encode())
                 sha256.update(piece.encode())
@@ -320,6 +321,8 @@ def encode(name, tok, files, progress, dtype, sha256, bad, notes):
                     if size >= BATCH:
                         break
             if not batch:
+                if own["pieces"] == skipped and sha256.hexdigest() != own.get("sha256", sha256.hexdigest()):
+                    start_over(changed)
                 show_progress("tokens", total, total, started, new_tokens)
                 return documents
             step = len(batch) // (8 * os.cpu_count()) + 1  # one task for each document would be slow
@@ -384,7 +387,8 @@ def tidy():
     for file in FOLDER.glob("*.tmp"):  # of a process that was killed
         if re.fullmatch(r"input\.txt\.\d+\.tmp", file.name) and file.is_file():
             file.unlink()
-    if PARTIAL.is_dir() and not (PARTIAL / "progress.json").exists():
+    # With meta.json, the new files are complete, and some may be in place: see finish_publishing.
+    if PARTIAL.is_dir() and not any((PARTIAL / name).exists() for name in ("progress.json", "meta.json")):
         shutil.rmtree(PARTIAL)
     if FOLDER.is_dir() and not FOLDER.is_symlink() and not any(FOLDER.iterdir()):
         FOLDER.rmdir()

@@ -85,6 +85,8 @@ def read_prompt(start):
         prompt = "\n" if tok.eot is not None or "\n" in tok.chars else tok.chars[0]
     elif start == "FILE:":
         raise UserError("--start=FILE: needs the name of a file, as in --start=FILE:prompt.txt")
+    elif start.startswith("FILE:") and "\0" in start:
+        raise UserError(f"{start[5:]!r} cannot be the name of a file")
     elif start.startswith("FILE:"):
         try:
             prompt = read_small(start[5:], pipes=True).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")

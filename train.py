@@ -73,8 +73,8 @@ def check_settings(source=None):
     """UserError for a setting out of range. source: the file that it comes from, if it is not the command line."""
     must_be = functools.partial(check, config, source=source)
     must_be("above 0", lambda x: 0 < x < math.inf, "batch_size", "gradient_accumulation_steps", "block_size", "n_layer",
-            "n_head", "n_embd", "max_iters", "learning_rate", "muon_learning_rate", "eval_interval", "eval_tokens",
-            "log_interval", "checkpoint_interval")
+            "n_head", "n_embd", "max_iters", "eval_interval", "eval_tokens", "log_interval", "checkpoint_interval")
+    must_be("above 0, up to 1e30", lambda x: 0 < x <= 1e30, "learning_rate", "muon_learning_rate")
     must_be("at least 0", lambda x: 0 <= x < math.inf,
             "seed", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "final_lr_fraction", "patience")
     must_be("in [0, 1)", lambda x: 0 <= x < 1, "dropout", "beta1", "beta2", "muon_momentum")
@@ -93,7 +93,7 @@ import torch
 
 import distributed
 from checkpoint import Log, check_probe, format_seconds, get_state, has_same_text, load_pretrained, load_to_resume
-from checkpoint import instead_of_resuming, probe, progress, save_checkpoint, set_state
+from checkpoint import instead_of_resuming, probe, progress, set_state
 from defaults import choose_settings
 from device import can_compile, check_training_memory, choose_device, choose_dtype, peak_flops, peak_memory, to_device
 from distributed import all_reduce, print_once
@@ -207,7 +207,7 @@ if checkpoint:
 def save(path, with_optimizers=True):
     """Writes a checkpoint of the run as it stands. UserError if a weight is not finite; the previous file stays."""
     model_state, optimizer_state = get_state(raw_model, [o for o, _ in optimizers] if with_optimizers else [])
-    distributed.run_on_main_process(save_checkpoint, path, {
+    distributed.run_on_main_process(log.save, path, {
         "model": model_state, "optimizer": optimizer_state if with_optimizers else None,
         "model_config": asdict(raw_model.config), "tokenizer": meta["tokenizer"],
         "config": {k: v for k, v in config.items() if k not in shape}, "text": text, "wandb_id": log.wandb_id,

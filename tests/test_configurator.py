@@ -189,6 +189,7 @@ def test_config_files_are_python(script, source, values):
     ("size = 3\n\nrate = = 1", ["config/bad.py, line 3", "SyntaxError"]),
     ("def f():\n    raise ValueError('two\\nlines')\n\nf()", ["config/bad.py, line 2: ValueError: two lines"]),
     ("open('none.txt')", ["config/bad.py, line 1: FileNotFoundError", "none.txt"]),
+    ("size = 3\nexit()", ["config/bad.py, line 2: SystemExit"]),
     (b"name = '\xff'", ["config/bad.py is not UTF-8"]),
     (b"name = 'a\\ud800'", ["name expects str", "got 'a\\ud800' in config/bad.py, line 1"]),
     (b"name = '\0'", ["config/bad.py, line 1", "null bytes"]),

@@ -309,6 +309,7 @@ def test_sizes_that_nobody_names_fit_the_text(project):
 
 def test_an_interactive_prompt_that_is_not_utf8_is_refused(trained):
     done = subprocess.run(trained.command("sample.py", "--interactive", "--max_new_tokens=5"), cwd=trained.folder,
-                          input=b"The \xff old\nThe old\n", capture_output=True)
+                          input=b"The \xff old\nFILE:a\0b\nThe old\n", capture_output=True)
     assert done.returncode == 0 and b"The old" in done.stdout
-    assert done.stderr == b"error: the prompt is not UTF-8; convert it first, for example with iconv\n"
+    assert done.stderr == (b"error: the prompt is not UTF-8; convert it first, for example with iconv\n"
+                           b"error: 'a\\x00b' cannot be the name of a file\n")

@@ -79,6 +79,19 @@ def test_without_an_address_of_the_others_it_names_torchrun(trained):
     assert "torchrun" in trained.fails("train.py", *SETTINGS, "--out_dir=nobody", env=env)
 
 
+@pytest.mark.parametrize("env, words", [
+    ({"RANK": "first", "WORLD_SIZE": "1"}, "RANK must be a number from 0 to WORLD_SIZE - 1"),
+    ({"RANK": "0", "WORLD_SIZE": ""}, "RANK must be"), ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK must be")])
+def test_odd_variables_of_torchrun(trained, env, words):
+    assert words in trained.finish("sample.py", "--max_new_tokens=1", env=env).stderr
+
+
+def test_a_port_that_is_in_use(trained):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        assert "torchrun" in trained.fails("train.py", *SETTINGS, "--out_dir=nobody", env=env)
+
+
 def test_a_checkpoint_goes_on_in_any_number_of_processes(trained):
     settings = ["--optimizer=muon", "--eval_interval=10"]
     trained.run("train.py", *SETTINGS, *settings, "--out_dir=muon", "--max_iters=30")

@@ -137,7 +137,44 @@ def test_a_signal_to_train_py_also_ends_the_prepare_py_that_it_runs(project, nam
         os.kill(int((project.folder / "pid").read_text()), signal.SIGKILL)
 
 
+def test_a_run_whose_folder_is_moved_stops_and_leaves_the_name_to_others(tmp_path):
+    settings, folder = {"tensorboard": False, "wandb": False}, tmp_path / "out"
+    log = Log(folder, None, settings)
+    log.save(folder / "latest.pt", {"w": torch.ones(1)})
+    folder.rename(tmp_path / "kept")
+    for _ in range(2):  # without a folder of that name, and with that of another run
+        for act in (lambda: log.write(iter=1, tokens=1), lambda: log.save(folder / "latest.pt", {"w": torch.ones(1)})):
+            with pytest.raises(UserError, match="out was moved or removed"):
+                act()
+        assert not (folder / "latest.pt").exists()
+        other = None if folder.exists() else Log(folder, None, settings)
+    other.lock.release() if other else None
+    log.lock.release()
+    assert len(read_log(tmp_path / "kept" / "log.csv")[0]) == 0 and (tmp_path / "kept" / "latest.pt").exists()
+
+
 # --- output that goes away ---
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no dup2 of a pipe without a reader")
+def test_a_closed_output_does_not_end_a_run_that_moves_another(trained):
+    """Nor one that exports, or has its dataset prepared."""
+    read, write = os.pipe()
+    os.close(read)
+
+    def run(*command):
+        done = subprocess.run(trained.command(*command), cwd=trained.folder, stdout=write, stderr=subprocess.PIPE)
+        assert done.returncode == 0, done.stderr
+
+    for _ in range(2):
+        run("train.py", *TINY, "--max_iters=2", "--out_dir=silent")
+        run("checkpoint.py", "--export=silent-export")
+    (trained.folder / "silent.txt").write_text(TEXT)
+    run("train.py", *TINY, "--dataset=silent", "--prepare=--input=silent.txt", "--max_iters=1", "--out_dir=silent-data")
+    os.close(write)
+    names = "silent", "silent.1", "silent-export", "silent-export.1", "silent-data"
+    assert all((trained.folder / name).is_dir() for name in names)
+
+
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_run_outlives_its_output_and_saves_when_its_terminal_goes_away(trained):
@@ -461,6 +498,8 @@ def test_a_card_names_the_weights_that_a_run_started_from(trained):
     ("bad_evals", 1.5, "int, but is 1.5"), ("best_val_loss", float("nan"), "at least 0, but is NaN"),
     ("seconds", float("nan"), "from 0 to 1e9"), ("seconds", 1e300, "from 0 to 1e9"), ("wandb_id", 5, "str, but is 5"),
     ("scaler", {"scale": "x"}, "numbers of at least 0"), ("text", {"val_bytes": "x"}, "numbers of at least 0"),
+    ("scaler", {"growth_interval": 0.5}, "numbers of at least 0"), ("scaler", {"scale": None}, "at least 0"),
+    ("scaler", {"scale": 1e300}, "at least 0"), ("scaler", {"_growth_tracker": 2 ** 63}, "at least 0"),
     ("config", {"seed": []}, "numbers and strings"), ("model_config", {"n_layer": 2.0}, "n_layer must be a positive")])
 def test_a_checkpoints_fields_are_checked(trained, tmp_path, place, value, words):
     good = load_checkpoint(trained.folder / "out" / "latest.pt", TO_RESUME)
@@ -819,9 +858,10 @@ def test_a_text_that_changes_while_it_is_read(project):
     assert not (project.folder / "data" / "mine").exists()
 
 
-def test_a_text_that_changed_before_the_work_continues(project):
-    """Though its size and its time are the same."""
-    small_pieces(project)
+@pytest.mark.parametrize("small", [True, False])
+def test_a_text_that_changed_before_the_work_continues(project, small):
+    """Though its size and its time are the same. If no pieces are small, all of the text was encoded already."""
+    small_pieces(project) if small else None
     source = (project.folder / "prepare.py").read_text()
     line = "            show_progress(\"tokens\", done, total, started, new_tokens)\n"
     assert source.count(line) == 1

@@ -1,14 +1,15 @@
 """Checkpoints and datasets of nanoGPT: loaded, sampled from, finetuned and exported; a pickle's code does not run."""
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from checkpoint import load_model, load_pretrained
-from conftest import TEXT, TINY
-from files import UserError
+from conftest import ROOT, TEXT, TINY
+from files import UserError, finish_publishing, open_dataset
 from test_prepare import read
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, read_nanogpt_characters
 
@@ -53,6 +54,27 @@ def write_dataset(folder, chars=CHARS, ids=None, protocol=None):
         with open(folder / "meta.pkl", "wb") as f:
             pickle.dump({"vocab_size": len(chars), "itos": dict(enumerate(chars)),
                          "stoi": {c: i for i, c in enumerate(chars)}}, f, protocol)
+
+
+@pytest.mark.parametrize("how", ["kill", "fail"])
+def test_a_fault_leaves_the_old_dataset_or_the_new(project, how):
+    """Also if another command fails after it. The two datasets have equal sizes and different characters."""
+    found = set()
+    for n in range(1, 30):
+        if n == 1:
+            write_dataset(project.folder / "a")
+            write_dataset(project.folder / "b", CHARS[::-1])
+        shutil.rmtree(project.folder / "data" / "theirs", ignore_errors=True)
+        project.run("prepare.py", "--dataset=theirs", "--input=a")
+        done = project.finish(ROOT / "tests" / "inject.py", how, n, "prepare.py", "--dataset=theirs", "--input=b")
+        project.fails("prepare.py", "--dataset=theirs", "--input=nothing")
+        finish_publishing(project.folder / "data" / "theirs")
+        meta, *splits = open_dataset(project.folder / "data" / "theirs")
+        assert load_tokenizer(meta["tokenizer"]).decode(np.concatenate(splits).tolist()) == TEXT
+        found.add(meta["source"][-1])
+        if "injected" not in done.stdout:
+            break
+    assert 8 < n < 29 and done.returncode == 0 and found == {"a", "b"}
 
 
 @pytest.mark.parametrize("bias, prefix, mask", [(False, "", False), (True, "_orig_mod.", True)])

@@ -108,6 +108,17 @@ def test_a_bin_that_is_not_of_tensors(tmp_path, content):
         load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("value, words", [(float("nan"), "h.0.mlp.c_fc.weight'] is not finite"),
+                                          (1e30, "what the model computes is not finite")])
+def test_weights_that_are_not_finite_or_too_large(tmp_path, value, words):
+    hf = theirs()
+    with torch.no_grad():
+        hf.transformer.h[0].mlp.c_fc.weight[3, 5] = value
+    hf.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_pretrained(tmp_path)
+
+
 def test_names_without_prefix_and_old_masks(tmp_path):
     hf = theirs()
     hf.save_pretrained(tmp_path)

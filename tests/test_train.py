@@ -219,6 +219,7 @@ def test_a_missing_dataset_is_prepared(project):
     ("--dtype=int3", "got 'int3'"), ("--batch_size=0", "batch_size"),
     ("--n_layer=0", "n_layer must be above 0"), ("--block_size=-1", "block_size must be above 0"),
     ("--max_iters=-1", "max_iters"), ("--dropout=1.5", "dropout"), ("--learning_rate=nan", "learning_rate"),
+    ("--muon_learning_rate=3e38", "muon_learning_rate"),
     ("--beta1=1.0", "beta1"), ("--seed=-1", "seed"), ("--strategy=zero", "'ddp' or 'fsdp', got 'zero'"),
     ("--strategy=fsdp", "start them with torchrun"), ("--dataset=compiled", "the name of a folder in data/")])
 def test_errors(trained, argument, words):
