@@ -173,8 +173,9 @@ print_once(f"arithmetic: {flops / 1e9:,.0f} GFLOP/s; this machine's matrix multi
 print_once("memory, measured and by formula: " + ", ".join(
     f"{part} {memory[part] / 1e6:,.1f} MB ({formula[part] / 1e6:,.1f})" for part in formula)
     + f", together {sum(memory.values()) / 1e6:,.1f} MB ({sum(formula.values()) / 1e6:,.1f})")
-print_once(f"peak of the {'device' if train.device.type in ('cuda', 'xpu') else 'process, with all of its libraries'}: "
-           f"{peak_bytes / 1e6:,.0f} MB")
+if peak_bytes:
+    whose = "device" if train.device.type in ("cuda", "xpu") else "process, with all of its libraries"
+    print_once(f"peak of the {whose}: {peak_bytes / 1e6:,.0f} MB")
 if profile:
     activities, kind = [torch.profiler.ProfilerActivity.CPU], "cpu"
     if train.device.type == "cuda":
@@ -187,7 +188,7 @@ if profile:
 if json and is_main_process():
     record = {"step_seconds": step_seconds, "parts": parts, "tokens": tokens, "flops_per_second": flops,
               "evaluation_tokens_per_second": evaluation, "matrix_flops_per_second": peaks, "memory_bytes": memory,
-              "memory_bytes_by_formula": formula, "peak_memory_bytes": peak_bytes, "arguments": arguments,
+              "memory_bytes_by_formula": formula, "peak_memory_bytes": peak_bytes or None, "arguments": arguments,
               "device": str(train.device), "dtype": train.dtype, "compile": train.compile}
     write_atomically(json, json_format.dumps([record], indent=1).encode())
 finish()

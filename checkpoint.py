@@ -292,7 +292,8 @@ def check_size(config, state, path):
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in state.values() if isinstance(t, torch.Tensor)}
     total = sum(storage.nbytes() for storage in storages.values())
     positions = c.block_size * c.n_embd if "wpe.weight" in state else 0
-    if c.n_layer > len(storages) or max(c.vocab_size * c.n_embd, c.n_layer * c.n_embd ** 2, positions) > total:
+    largest = max(c.vocab_size * c.n_embd, c.n_layer * c.n_embd ** 2, positions)
+    if largest > total or c.n_layer > max(100, len(storages)):  # up to 100 layers may share their weights
         raise UserError(f"{path} does not fit model.py: its tensors are too small for its model_config")
 
 
@@ -935,6 +936,9 @@ def to_gpt2(model):
         with torch.no_grad():
             ours = copy.deepcopy(model).cpu().double().eval()(idx)[0]
             theirs = gpt2_logits({name: t.double() for name, t in tensors.items()}, model.config, idx)
+        for table, size in (("wte", model.config.vocab_size), ("wpe", model.config.block_size)):
+            if len(rows := tensors[f"transformer.{table}.weight"]) != size:
+                raise ValueError(f"{table} has {len(rows)} rows instead of {size}")
         if not (ours - theirs).abs().max() <= 1e-9 * max(1.0, ours.abs().max().item()):
             raise ValueError(f"its logits differ from GPT-2's by {(ours - theirs).abs().max():.2g}")
     except (KeyError, RuntimeError, ValueError) as e:

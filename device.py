@@ -30,14 +30,15 @@ def choose_device(name=None):
             if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
                 raise RuntimeError(f"all processes would share it; name {device.type}, and each takes its own")
             device = torch.device(device.type, int(index))
-            if 0 < (count := torch.accelerator.device_count()) <= device.index:
+            count = torch.get_device_module(device).device_count()  # 0 if PyTorch was built without them
+            if 0 < count <= device.index:
                 few = f"this machine has {count}; start torchrun with --nproc_per_node={count}"
                 last = f"the last one of this machine is {device.type}:{count - 1}"
                 raise RuntimeError(few if name == device.type else last)
             torch.accelerator.set_device_index(device.index)
         torch.zeros(1, device=device).item()  # the device "meta" has no numbers
     except (RuntimeError, AssertionError, ValueError) as e:  # torch raises any of these, depending on the device
-        reason = (str(e) or type(e).__name__).splitlines()[0]
+        reason = (str(e) or type(e).__name__).splitlines()[0][:200]
         reason = "not one of cpu, cuda, cuda:1, mps, xpu" if reason.startswith("Expected one of") else reason
         raise UserError(f"device {name!r} cannot be used: {reason}") from None
     if device.type == "cuda":
@@ -134,8 +135,9 @@ def peak_flops(device, dtype):
 
 
 def matmul_flops(device, dtype):
-    """FLOP/s of multiplications of square matrices, the best of five. The matrices grow until one multiplication takes
-    2 ms, or to a size of 8192. A fixed size would take seconds where a dtype is slow, as float16 is on most CPUs."""
+    """FLOP/s of linear layers with square weights, the best of five. (In 16 bits, a CPU is much slower with a @ a.) The
+    matrices grow until one multiplication takes 2 ms, or to a size of 8192. A fixed size would take seconds where a
+    dtype is slow, as float16 is on most CPUs."""
     n = 128
     while True:
         n, times = 2 * n, []
@@ -143,7 +145,7 @@ def matmul_flops(device, dtype):
         for _ in range(5):
             synchronize(device)
             start = time.perf_counter()
-            a @ a
+            torch.nn.functional.linear(a, a)
             synchronize(device)
             times.append(time.perf_counter() - start)
         if min(times) > 0.002 or n == 8192:

@@ -182,7 +182,14 @@ def shard_like(t, p):
 
 def replicate(model, device):
     """DDP: every process holds the whole model. The backward pass averages the gradients over the processes."""
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    replica = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    if device.type == "cpu":
+        # After its first backward pass, DDP rearranges the gradients, and adds up those of the processes in another
+        # order. A resumed run would do that at another step. So it happens now, and resuming is exact.
+        ids = torch.zeros(1, 1, dtype=torch.long)
+        replica(ids, ids)[1].backward()
+        replica.zero_grad()
+    return replica
 
 
 def sync_gradients(model, on):

@@ -456,6 +456,11 @@ def compared_step(model):
     values."""
     g, token = torch.Generator().manual_seed(0), torch.zeros(1, dtype=torch.long, device=model.wte.weight.device)
     try:
+        used = [model.wte, model.wpe, model.ln_f, model.lm_head]
+        for block in model.h:
+            used += [block.ln_1, block.attn.c_attn, block.attn.c_proj, block.ln_2, block.mlp.c_fc, block.mlp.c_proj]
+        if {id(p) for p in model.parameters()} > {id(p) for layer in used for p in layer.parameters()}:
+            return stay_plain(GPT.decode_one_token, flat_step)  # a new parameter may change nothing as long as it is 0
         cache = model.new_cache(1, min(model.config.block_size, 1024))
         k, v = (6 * torch.randn(cache.k[0].shape, generator=g).to(cache.k[0]) for _ in range(2))
         cache.k, cache.v = [k] * len(cache.k), [v] * len(cache.v)
@@ -581,7 +586,7 @@ def make_library(path, model, cache):
 
 def load_library(path, model, cache):
     """The step in the library at `path`: (model, token, cache) -> logits. It reads the weights where the model has
-    them. ValueError if it computes something else than model.py does."""
+    them. Differs if it computes something else than model.py does."""
     # The documented way to load it, torch._inductor.aoti_load_package, imports the whole compiler, which takes seconds.
     library = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -592,20 +597,35 @@ def load_library(path, model, cache):
         # A library does not check the shapes and strides of its inputs.
         return library.run([token.to(torch.long).contiguous(), cache.length, *cache.k, *cache.v])[0]
 
+    compare_step(step, model, cache)
+    return step
+
+
+def compare_step(step, model, cache):
+    """Compares a compiled step with model.py's: for the first two positions and for the last, where the cache holds
+    random keys and values. Differs if one of them is not the same."""
     B, capacity = cache.k[0].size(0), cache.capacity
     caches = model.new_cache(B, capacity), KVCache(model.config, B, capacity, dtype=cache.k[0].dtype)
-    tolerance = 1e-4 if cache.k[0].dtype == torch.float32 else 0.05
-    for i in (0, model.config.vocab_size - 1)[:capacity]:
-        token = torch.full((B,), i)
-        a, b = step(model, token, caches[0]).float(), model.plain_step(token, caches[1]).float()
-        if not (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item()):
-            raise ValueError(f"{path} and model.py differ")
-    return step
+    g, vocab_size = torch.Generator().manual_seed(0), model.config.vocab_size
+    for i in (0, 1, 2)[:capacity]:
+        if i == 2:
+            for a, b in zip((*caches[0].k, *caches[0].v), (*caches[1].k, *caches[1].v), strict=True):
+                a.copy_(b.copy_(torch.randn(b.shape, generator=g)))
+            caches[0].length.fill_(capacity - 1)
+            caches[1].length = capacity - 1
+        token = torch.full((B,), (0, vocab_size - 1, vocab_size // 2)[i])
+        found, expected = step(model, token, caches[0]), model.plain_step(token, caches[1])
+        if not same(found, expected, 1e-4 if cache.k[0].dtype == torch.float32 else 0.05):
+            raise Differs
+
+
+class Differs(Exception):
+    """The compiled step computes something else than model.py does."""
 
 
 LIBRARIES = Path(__file__).resolve().parent / "data" / "compiled"
 steps = weakref.WeakKeyDictionary()  # {model: {(batch size, whether the capacity is above 1): its compiled step}}
-flat_steps = weakref.WeakKeyDictionary()  # {model: its compared_step, the dicts of its modules' hooks}
+flat_steps = weakref.WeakKeyDictionary()  # {model: its compared_step, the dicts of its modules' hooks, its layers}
 
 
 def shape_of(cache):
@@ -662,11 +682,17 @@ def compiled_step(model, cache):
     known, shape = steps.setdefault(model, {}), shape_of(cache)
     if shape not in known:
         try:
-            known[shape] = library_step(model, cache)
-        except UserError:
-            raise
-        except Exception:  # a changed model.py, which the compiler cannot export as a whole
-            known[shape] = step_compiled_here(device, dtype)
+            try:
+                known[shape] = library_step(model, cache)
+            except (UserError, Differs):
+                raise
+            except Exception:  # a changed model.py, which the compiler cannot export as a whole
+                step = step_compiled_here(device, dtype)
+                compare_step(step, model, cache)
+                known[shape] = step
+        except Differs:
+            raise UserError("model.py was changed, and compiled decoding computes something else than it does; leave "
+                            "--compile out") from None
     return known[shape]
 
 
@@ -689,6 +715,8 @@ class Prepared:
         """The plain cache or, for compiled decoding, a StaticCache. On a GPU, its length is rounded up to a power of
         two, because the step is compiled for each length there."""
         if not self.prepared_as[1]:
+            if self in flat_steps and flat_steps[self][2] != [*self.modules()][1:]:
+                del flat_steps[self]  # someone has exchanged a layer
             return super().new_cache(batch_size, length)
         if length is not None and 0 < length <= self.config.block_size and self.wte.weight.is_cuda:
             length = min(self.config.block_size, 2 ** (length - 1).bit_length())
@@ -704,8 +732,9 @@ class Prepared:
         if not isinstance(cache, StaticCache):
             if self not in flat_steps:
                 hooks = [d for m in self.modules() for d in (m._forward_pre_hooks, m._forward_hooks)]
-                flat_steps[self] = (None if self.prepared_as[1] else compared_step(self)), hooks
-            step, hooks = flat_steps[self]
+                layers = [*self.modules()][1:]  # without the model itself, which could never be freed otherwise
+                flat_steps[self] = (None if self.prepared_as[1] else compared_step(self)), hooks, layers
+            step, hooks, _ = flat_steps[self]
             if step is None or any(hooks) or token.dim() != 1:  # the plain step says what is wrong with the shape
                 return self.plain_step(token, cache)
             return step(token, cache)
@@ -776,6 +805,36 @@ def same_gelu(plain, fast):
     return same(y_fast, y, 1e-5) and same(gradient_fast, gradient, 1e-5)
 
 
+@torch.enable_grad()
+def same_attention(layer, fast, block_size, g, device):
+    """Whether an attention of the class `fast` has the same outputs and gradients as this layer. They are compared in
+    copies whose parameters are moved at random, since a new one in model.py may change nothing as long as it is 0."""
+    layer = copy.deepcopy(layer)
+    for name, p in layer.named_parameters():
+        if not name.startswith(("c_attn.", "c_proj.")):  # `attend` does not use these two
+            p.data += torch.randn(p.shape, generator=g).to(p)
+    for module in layer.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    new = twin(layer, fast)
+    # A whole sequence, and a chunk and a single token after a long prefix. The factor 6 makes large scores. Together
+    # they reveal a limit on the scores or on the distance, if someone has added one to model.py.
+    for T, S in ((min(16, block_size),) * 2, (min(5, block_size), block_size), (1, block_size)):
+        q, k, v = (torch.randn(1, layer.n_head, n, layer.c_proj.in_features // layer.n_head, generator=g).to(device)
+                   for n in (T, S, S))
+        q, positions = 6 * q, torch.arange(S - T, S, device=device)
+        for training in (False, True) if fast is FusedAttention and T == S else (False,):
+            found = []
+            for attention in (new, layer):
+                attention.train(training)
+                inputs = [x.detach().requires_grad_(training) for x in (q, k, v)]
+                y = attention.attend(*inputs, positions)
+                found.append([y, *torch.autograd.grad(y.square().sum(), inputs)] if training else [y])
+            if not all(same(a, b) for a, b in zip(*found, strict=True)):
+                return False
+    return True
+
+
 def computes_the_same(layer, fast, block_size):
     """Whether a layer of the class `fast` computes the same as this one. False if one of them raises an exception."""
     g, device = torch.Generator().manual_seed(0), next(layer.parameters(), torch.empty(0)).device
@@ -794,15 +853,7 @@ def computes_the_same(layer, fast, block_size):
             if fast is Int8KernelLinear:
                 x, tolerance = x.bfloat16().float(), 2 ** -8  # only the outputs need to be rounded now
             return all(same(new(rows), layer(rows), tolerance) for rows in (x, x[:1], x[None, :1]))
-        # A whole sequence, and a chunk and a single token after a long prefix. The factor 6 makes large scores.
-        # Together they reveal a limit on the scores or on the distance, if someone has added one to model.py.
-        for T, S in ((min(16, block_size),) * 2, (min(5, block_size), block_size), (1, block_size)):
-            q, k, v = (torch.randn(1, layer.n_head, n, layer.c_proj.in_features // layer.n_head, generator=g).to(device)
-                       for n in (T, S, S))
-            case = 6 * q, k, v, torch.arange(S - T, S, device=device)
-            if not same(new.attend(*case), layer.attend(*case)):
-                return False
-        return True
+        return same_attention(layer, fast, block_size, g, device)
     except Exception:
         return False
     finally:
@@ -884,10 +935,9 @@ def for_inference(model, dtype="float32", compile=False):
     if device.type == "cpu":
         keep_memory()
     replace(model, CausalSelfAttention, CompiledAttention if compile else FusedAttention)
-    if dtype != "int8" or model.wte.weight.dtype == torch.float64:
-        model.to(getattr(torch, "float32" if dtype == "int8" else dtype))
+    model.to(getattr(torch, "float32" if dtype == "int8" else dtype))
     before = {module: module.weight for module in model.modules() if type(module) is nn.Linear}
-    was_tied = model.lm_head.weight is model.wte.weight
+    was_tied = getattr(model.lm_head, "weight", None) is model.wte.weight
     if dtype == "int8":
         if not compile:
             replace(model, nn.Linear, Int8KernelLinear)

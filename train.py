@@ -124,7 +124,8 @@ elif init_from != "scratch":
     tokenizer = found.state() if found else None
 for name, value in fixed.items():
     if name in overrides and name != "dropout" and overrides[name] != value:
-        raise UserError(f"{source} has {name}={value}, not {overrides[name]}; leave it out, or start from scratch")
+        raise UserError(f"{source} has {name}={value}, not {overrides[name]} as the command or its config file says; "
+                        "leave that out, or start from scratch")
 config |= {k: v for k, v in fixed.items() if k in config and k not in overrides}
 globals().update(config)
 check_settings(source)
@@ -322,7 +323,7 @@ if __name__ == "__main__":
         log.write(iter=0, tokens=0, seconds=0, **evaluate_and_keep_best())
     machine_peak, peak_source = peak_flops(device, dtype)
     if machine_peak:
-        print_once(f"peak of matrix multiplications in {dtype}: {machine_peak / 1e12:.2f} TFLOP/s ({peak_source})")
+        print_once(f"peak of matrix multiplications in {dtype}: {machine_peak / 1e12:.3g} TFLOP/s ({peak_source})")
     distributed.catch_stop_signals()
     loss, stop = None, 0
     batch, mark, logged_at, logged_seconds = get_batch(iter_num), time.perf_counter(), iter_num, seconds

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from checkpoint import load_checkpoint
-from test_train import rows, step_of_log
+from test_train import rows, same_run, step_of_log
 
 SETTINGS = ["--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
             "--gradient_accumulation_steps=4", "--muon_learning_rate=0.02", "--dtype=float32", "--log_interval=1",
@@ -34,22 +34,22 @@ def finish(process, code=0):
     return printed
 
 
-def two_processes(trained, *arguments, code=0, meanwhile=lambda pid: None):
-    """Runs train.py in two processes, with the variables that torchrun sets, but without its start-up. Calls meanwhile
-    with the id of the second. Returns what the first prints."""
+def two_processes(trained, *arguments, code=0, meanwhile=lambda pid: None, n=2):
+    """Runs train.py in two (or n) processes, with the variables that torchrun sets, but without its start-up. Calls
+    meanwhile with the id of the second. Returns what the first prints."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
 
     def run(rank):
-        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         return trained.finish("train.py", *SETTINGS, *arguments, env={k: str(v) for k, v in env.items()}, number=rank,
                               meanwhile=meanwhile if rank == 1 else lambda pid: None)
 
-    with ThreadPoolExecutor() as pool:
-        both = list(pool.map(run, range(2)))
-    assert [done.returncode for done in both] == [code] * 2, both
-    return both[0].stdout
+    with ThreadPoolExecutor(n) as pool:
+        all_n = list(pool.map(run, range(n)))
+    assert [done.returncode for done in all_n] == [code] * n, all_n
+    return all_n[0].stdout
 
 
 def wait_for_step(out, step, process):
@@ -63,6 +63,15 @@ def difference(a, b):
     a, b = (np.array([[float(v or 0) for v in row] for row in rows(out, COLUMNS)]) for out in (a, b))
     assert a.shape == b.shape and (a[:, 0] == b[:, 0]).all()
     return np.abs(a - b).max()
+
+
+def test_resuming_is_exact_in_three_processes(trained):
+    """A sum of three numbers depends on their order."""
+    how = ["--batch_size=3", "--lr_decay_iters=8"]
+    two_processes(trained, *how, "--max_iters=8", "--out_dir=whole", n=3)
+    two_processes(trained, *how, "--max_iters=3", "--out_dir=halves", n=3)
+    two_processes(trained, *how, "--init_from=resume", "--max_iters=8", "--out_dir=halves", n=3)
+    assert same_run(trained.folder / "whole", trained.folder / "halves")
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])

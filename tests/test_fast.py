@@ -669,8 +669,34 @@ def test_the_compiled_step_is_kept_but_not_trusted(libraries, monkeypatch, capsy
     assert not write(0) and kept.read_bytes() == good  # damaged, so it was made anew
     # The library of another model: the shapes are the same, the number of heads is not.
     other = for_inference(random_model(0, n_layer=1, n_head=4, n_embd=16, block_size=8), compile=True)
-    with pytest.raises(ValueError, match="differ"), torch.no_grad():
+    with pytest.raises(fast.Differs), torch.no_grad():
         fast.load_library(kept, other, other.new_cache(1))
+
+
+@torch.no_grad()
+def test_a_compiled_step_that_differs_is_refused(monkeypatch):
+    """Also if it differs only at positions far from the start."""
+    model, token = for_inference(random_model(0), compile=True), torch.tensor([5])
+    wrong = [model.config.block_size]  # the first position at which the step is wrong
+
+    def step(model, token, cache):
+        plain = KVCache(model.config, 1, cache.capacity)
+        plain.k, plain.v, plain.length = cache.k, cache.v, cache.length.item()
+        logits = model.plain_step(token, plain)
+        cache.length += 1
+        return logits + (cache.length > wrong[0]) * torch.arange(logits.size(1))
+
+    fast.compare_step(step, model, model.new_cache(1))
+    for wrong[0] in (0, 1, 5):
+        with pytest.raises(fast.Differs):
+            fast.compare_step(step, model, model.new_cache(1))
+    monkeypatch.setattr(fast, "library_step", mock.Mock(side_effect=fast.Differs))
+    with pytest.raises(UserError, match="leave --compile out"):
+        model.decode_one_token(token, model.new_cache(1))
+    monkeypatch.setattr(fast, "library_step", mock.Mock(side_effect=RuntimeError))
+    monkeypatch.setattr(fast, "step_compiled_here", lambda *args: step)
+    with pytest.raises(UserError, match="leave --compile out"):
+        model.decode_one_token(token, model.new_cache(1))
 
 
 def test_the_key_of_a_compiled_step():
@@ -903,6 +929,59 @@ def test_a_model_whose_last_positions_differ_keeps_its_own_step(monkeypatch, dty
     with torch.no_grad():
         model.decode_one_token(torch.tensor([0]), model.new_cache(1))
     assert fast.flat_steps[model][0] is None and "decode_one_token computes something else" in capsys.readouterr().err
+
+
+def noise_in_training(self, q, k, v, positions):
+    return attention(q + 0.1 * torch.randn_like(q) if self.training else q, k, v, positions, self.attn_dropout)[0]
+
+
+def keys_without_gradient(self, q, k, v, positions):
+    return attention(q, k.detach(), v, positions, self.attn_dropout)[0]
+
+
+def new_parameter(self, q, k, v, positions):
+    return attention(q, k, v * (1 + self.slope[:, None, None]), positions, self.attn_dropout)[0]
+
+
+@pytest.mark.parametrize("attend", [noise_in_training, keys_without_gradient, new_parameter])
+def test_an_attention_that_differs_only_in_training_stays(monkeypatch, capsys, attend):
+    """In its gradients, in training mode, or as soon as a new parameter is no longer 0."""
+    monkeypatch.setattr(CausalSelfAttention, "attend", attend)
+    model = random_model(0)
+    for block in model.h:
+        block.attn.slope = nn.Parameter(torch.zeros(model.config.n_head))
+    for_training(model)
+    assert {type(block.attn) for block in model.h} == {CausalSelfAttention}
+    assert "CausalSelfAttention computes something else" in capsys.readouterr().err
+
+
+def test_a_new_parameter_keeps_the_models_own_step(capsys):
+    model = random_model(0)
+    for block in model.h:
+        block.attn.slope = nn.Parameter(torch.zeros(1))
+    for_inference(model).generate(torch.tensor([[1, 2]]), 3)
+    assert fast.flat_steps[model][0] is None and "decode_one_token computes something else" in capsys.readouterr().err
+
+
+def test_an_exchanged_layer_is_used():
+    model, other = (for_inference(random_model(seed, n_layer=2)) for seed in (0, 1))
+    idx = torch.tensor([[1, 2, 3]])
+    for _ in range(2):
+        texts = [model.generate(idx, 10, temperature=0, use_cache=use_cache) for use_cache in (True, False)]
+        assert torch.equal(*texts)
+        model.h[1] = other.h[1]
+
+
+def test_int8_of_a_model_in_bfloat16(capsys):
+    model = for_inference(random_model(0).bfloat16(), "int8")
+    assert type(model.h[0].mlp.c_fc) in (Int8Linear, Int8KernelLinear) and capsys.readouterr().err == ""
+
+
+def test_a_head_of_several_layers():
+    model = random_model(0)
+    model.lm_head = nn.Sequential(nn.Linear(model.config.n_embd, 4), nn.Linear(4, model.config.vocab_size))
+    expected = model.generate(torch.tensor([[1, 2]]), 5, temperature=0)
+    assert torch.equal(for_inference(model).generate(torch.tensor([[1, 2]]), 5, temperature=0), expected)
 
 
 def test_a_subclass_of_gpt_is_prepared_too(capsys):

@@ -26,6 +26,7 @@ from checkpoint import (
     TO_RESUME,
     TO_SAMPLE,
     Log,
+    check_size,
     is_plain_pickle,
     load_checkpoint,
     load_model,
@@ -507,6 +508,12 @@ def test_a_checkpoints_fields_are_checked(trained, tmp_path, place, value, words
     with pytest.raises(UserError, match=words) as caught:
         load_checkpoint(tmp_path / "latest.pt", TO_SAMPLE)
     assert place in str(caught.value) or "n_layer" in value
+
+
+def test_layers_may_share_their_weights():
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=12, n_head=2, n_embd=8))
+    model.h = torch.nn.ModuleList([model.h[0]] * 12)
+    check_size(model.config, model.state_dict(), "path")
 
 
 @pytest.mark.parametrize("name, value, words", [
