@@ -323,7 +323,7 @@ if __name__ == "__main__":
         log.write(iter=0, tokens=0, seconds=0, **evaluate_and_keep_best())
     machine_peak, peak_source = peak_flops(device, dtype)
     if machine_peak:
-        print_once(f"peak of matrix multiplications in {dtype}: {machine_peak / 1e12:.3g} TFLOP/s ({peak_source})")
+        print_once(f"peak of matrix multiplications in {dtype}: {machine_peak / 1e12:.{2 if machine_peak > 1e10 else 4}f} TFLOP/s ({peak_source})")
     distributed.catch_stop_signals()
     loss, stop = None, 0
     batch, mark, logged_at, logged_seconds = get_batch(iter_num), time.perf_counter(), iter_num, seconds
