@@ -92,8 +92,8 @@ import numpy as np
 import torch
 
 import distributed
-from checkpoint import Log, check_probe, format_seconds, get_state, has_same_text, load_pretrained, load_to_resume
-from checkpoint import instead_of_resuming, probe, progress, set_state
+from checkpoint import Log, check_probe, format_seconds, get_state, has_same_text, instead_of_resuming, load_pretrained
+from checkpoint import load_to_resume, probe, progress, set_state
 from defaults import choose_settings
 from device import can_compile, check_training_memory, choose_device, choose_dtype, peak_flops, peak_memory, to_device
 from distributed import all_reduce, print_once
@@ -124,8 +124,7 @@ elif init_from != "scratch":
     tokenizer = found.state() if found else None
 for name, value in fixed.items():
     if name in overrides and name != "dropout" and overrides[name] != value:
-        raise UserError(f"{source} has {name}={value}, not {overrides[name]} as the command or its config file says; "
-                        "leave that out, or start from scratch")
+        raise UserError(f"{source} has {name}={value}, not {overrides[name]}; leave it (or the config file) out")
 config |= {k: v for k, v in fixed.items() if k in config and k not in overrides}
 globals().update(config)
 check_settings(source)
@@ -323,7 +322,7 @@ if __name__ == "__main__":
         log.write(iter=0, tokens=0, seconds=0, **evaluate_and_keep_best())
     machine_peak, peak_source = peak_flops(device, dtype)
     if machine_peak:
-        print_once(f"peak of matrix multiplications in {dtype}: {machine_peak / 1e12:.{2 if machine_peak > 1e10 else 4}f} TFLOP/s ({peak_source})")
+        print_once(f"peak of matrix multiplications in {dtype}: {machine_peak / 1e12:.2f} TFLOP/s ({peak_source})")
     distributed.catch_stop_signals()
     loss, stop = None, 0
     batch, mark, logged_at, logged_seconds = get_batch(iter_num), time.perf_counter(), iter_num, seconds
