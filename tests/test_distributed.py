@@ -68,10 +68,10 @@ def difference(a, b):
 def test_resuming_is_exact_in_three_processes(trained):
     """A sum of three numbers depends on their order."""
     how = ["--batch_size=3", "--lr_decay_iters=8"]
-    two_processes(trained, *how, "--max_iters=8", "--out_dir=whole", n=3)
-    two_processes(trained, *how, "--max_iters=3", "--out_dir=halves", n=3)
-    two_processes(trained, *how, "--init_from=resume", "--max_iters=8", "--out_dir=halves", n=3)
-    assert same_run(trained.folder / "whole", trained.folder / "halves")
+    two_processes(trained, *how, "--max_iters=8", "--out_dir=three", n=3)
+    two_processes(trained, *how, "--max_iters=3", "--out_dir=three-halves", n=3)
+    two_processes(trained, *how, "--init_from=resume", "--max_iters=8", "--out_dir=three-halves", n=3)
+    assert same_run(trained.folder / "three", trained.folder / "three-halves")
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])

@@ -280,6 +280,7 @@ def backward_with_another_scale(self, q, k, v, positions):
     (FUSED, "attend", backward_with_another_scale)], ids=["keys", "MLP", "fused kernel"])
 def test_a_wrong_gradient_is_found(monkeypatch, verify_gradients, capsys, where, what, wrong):
     monkeypatch.setattr(where, what, wrong)
+    monkeypatch.setattr(fast, "computes_the_same", lambda *args: True)  # which would leave the fused kernel out
     assert verify_gradients.main() == 1
     assert "finite differences: FAIL" in capsys.readouterr().out
 
