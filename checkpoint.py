@@ -106,7 +106,7 @@ FIELDS = {"model": ((dict, OrderedDict), None), "model_config": (dict, plain), "
                                    _growth_tracker=int)),
           "iter_num": (int, at_least(0)), "bad_evals": (int, at_least(0)), "tokens": (int, at_least(0)),
           "best_val_loss": (float, at_least(0)), "wandb_id": (str, None),
-          "seconds": (float, lambda s: None if 0 <= s <= 1e9 else "from 0 to 1e9")}  # more cannot be meant
+          "seconds": (float, lambda s: None if 0 <= s <= 1e9 else "from 0 to 1e9")}  # 32 years
 TO_SAMPLE = "model", "model_config", "tokenizer"
 TO_RESUME = *TO_SAMPLE, "config", "optimizer", "iter_num", "bad_evals", "seconds", "scaler"
 

@@ -10,7 +10,7 @@ Both change the model in place and return it: a layer's class becomes a subclass
                                              (but a CPU in bfloat16 trains faster with the plain code)      1.1x
                            CompiledAttention compiled: loops that read only what is filled of the cache     unmeasured
     nn.Dropout on a CPU    FastDropout       16 random bits decide as well as a float, and cost less        1.6x
-    nn.GELU on a CPU       FastGELU          in float32, GELU is faster with a sigmoid than with tanh           1.6x
+    nn.GELU on a CPU       FastGELU          in float32, GELU is faster with a sigmoid than with tanh       1.6x
     nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.2x
                            PackedLinear      a large weight is stored in the order in which oneDNN reads it 1.4x
                            SplitLinear       (but with AVX2, MKL multiplies one row faster, in large parts) 2.0x
@@ -586,7 +586,7 @@ def make_library(path, model, cache):
 
 def load_library(path, model, cache):
     """The step in the library at `path`: (model, token, cache) -> logits. It reads the weights where the model has
-    them. Differs if it computes something else than model.py does."""
+    them. UserError if it computes something else than model.py does."""
     # The documented way to load it, torch._inductor.aoti_load_package, imports the whole compiler, which takes seconds.
     library = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -603,7 +603,7 @@ def load_library(path, model, cache):
 
 def compare_step(step, model, cache):
     """Compares a compiled step with model.py's: for the first two positions and for the last, where the cache holds
-    random keys and values. Differs if one of them is not the same."""
+    random keys and values. UserError if they differ."""
     B, capacity = cache.k[0].size(0), cache.capacity
     caches = model.new_cache(B, capacity), KVCache(model.config, B, capacity, dtype=cache.k[0].dtype)
     g, vocab_size = torch.Generator().manual_seed(0), model.config.vocab_size
@@ -616,11 +616,8 @@ def compare_step(step, model, cache):
         token = torch.full((B,), (0, vocab_size - 1, vocab_size // 2)[i])
         found, expected = step(model, token, caches[0]), model.plain_step(token, caches[1])
         if not same(found, expected, 1e-4 if cache.k[0].dtype == torch.float32 else 0.05):
-            raise Differs
-
-
-class Differs(Exception):
-    """The compiled step computes something else than model.py does."""
+            raise UserError("model.py was changed, and compiled decoding computes something else than it does; leave "
+                            "--compile out")
 
 
 LIBRARIES = Path(__file__).resolve().parent / "data" / "compiled"
@@ -682,17 +679,13 @@ def compiled_step(model, cache):
     known, shape = steps.setdefault(model, {}), shape_of(cache)
     if shape not in known:
         try:
-            try:
-                known[shape] = library_step(model, cache)
-            except (UserError, Differs):
-                raise
-            except Exception:  # a changed model.py, which the compiler cannot export as a whole
-                step = step_compiled_here(device, dtype)
-                compare_step(step, model, cache)
-                known[shape] = step
-        except Differs:
-            raise UserError("model.py was changed, and compiled decoding computes something else than it does; leave "
-                            "--compile out") from None
+            known[shape] = library_step(model, cache)
+        except UserError:
+            raise
+        except Exception:  # a changed model.py, which the compiler cannot export as a whole
+            step = step_compiled_here(device, dtype)
+            compare_step(step, model, cache)
+            known[shape] = step
     return known[shape]
 
 
