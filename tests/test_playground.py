@@ -345,4 +345,17 @@ def test_in_a_browser(server, browser, tmp_path):
     until(lambda: len(find("#text .token")) == 8 and find("#write")[0].text == "Go on")
     browser.execute_script("t3.dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))")
     until(lambda: find("#t3[aria-selected=true]"))
+    # An answer that arrives just after another token was chosen is not drawn.
+    browser.execute_script("""
+        const answered = window.fetch, drawn = showCandidates;
+        window.late = [];
+        window.fetch = async (...request) => {
+          const answer = await answered(...request);
+          if (chosen === 7) choose(3);
+          return answer;
+        };
+        showCandidates = (candidates, token) => { late.push(token?.text); drawn(candidates, token); };
+        choose(7);""")
+    until(lambda: browser.execute_script("return late.length"))
+    assert browser.execute_script("return late.length === 1 && late[0] === tokens[3].text")
     assert not find("#status.bad") and browser.get_log("browser") == []
