@@ -235,6 +235,19 @@ def test_verify_gradients_needs_no_fast_layers(project):
     assert "fast.py" not in printed and printed.endswith("gradient flow: ok; finite differences: ok\n")
 
 
+def test_verify_gradients_of_blocks_without_a_second_norm(project):
+    path = project.folder / "model.py"
+    code = path.read_text(encoding="utf-8")
+    for old, new in (("        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)\n", ""),
+                     ("x = x + self.mlp(self.ln_2(x))", "x = x + self.mlp(self.ln_1(x))")):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    path.write_text(code, encoding="utf-8")
+    printed = project.run("verify_gradients.py", "--json=g.json", "--steps=1", "--depths=2")
+    assert "model.py's blocks have no ln_2" in printed and "gradient flow: not measured" in printed
+    assert not (project.folder / "g.json").exists()
+
+
 @pytest.fixture
 def verify_gradients(monkeypatch):
     module = importlib.import_module("verify_gradients")
