@@ -57,6 +57,7 @@ import ctypes
 import functools
 import hashlib
 import inspect
+import io
 import math
 import platform
 import statistics
@@ -575,7 +576,8 @@ def export_step(model, cache):
     if cache.capacity > 1:
         capacity = [{2: torch.export.Dim("capacity", min=2, max=model.config.block_size)}] * len(cache.k)
         shapes = {"token": None, "length": None, "k": capacity, "v": capacity}
-    return torch.export.export(Step(model, cache), example, dynamic_shapes=shapes, strict=False)
+    with contextlib.redirect_stderr(io.StringIO()):  # if it fails, it prints the whole graph
+        return torch.export.export(Step(model, cache), example, dynamic_shapes=shapes, strict=False)
 
 
 def make_library(path, model, cache):
@@ -682,7 +684,9 @@ def compiled_step(model, cache):
             known[shape] = library_step(model, cache)
         except UserError:
             raise
-        except Exception:  # a changed model.py, which the compiler cannot export as a whole
+        except Exception as e:  # such as a changed model.py, which the compiler cannot export as a whole
+            print(f"the compiled step cannot be kept on disk ({type(e).__name__}), so each process compiles it",
+                  file=sys.stderr)
             step = step_compiled_here(device, dtype)
             compare_step(step, model, cache)
             known[shape] = step

@@ -38,7 +38,7 @@ from fast import (
     restore,
 )
 from files import UserError
-from model import GPT, CausalSelfAttention, GPTConfig, KVCache, attention
+from model import GPT, CausalSelfAttention, GPTConfig, KVCache, MLP, attention
 from test_generate import random_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # from torch.compile itself
@@ -694,6 +694,26 @@ def test_a_compiled_step_that_differs_is_refused(monkeypatch):
     monkeypatch.setattr(fast, "step_compiled_here", lambda *args: step)
     with pytest.raises(UserError, match="leave --compile out"):
         model.decode_one_token(token, model.new_cache(1))
+
+
+@torch.no_grad()
+def test_a_step_that_cannot_be_exported_is_one_line(monkeypatch, capfd):
+    class Branching(MLP):
+        def forward(self, x):
+            return super().forward(x * 0.5 if x.abs().sum() > 1e9 else x)
+
+    model = random_model(0)
+    for block in model.h:
+        block.mlp.__class__ = Branching
+    model = for_inference(model, compile=True)
+    capfd.readouterr()
+    monkeypatch.setattr(fast, "make_library", lambda path, *args: fast.export_step(*args))
+    monkeypatch.setattr(fast, "step_compiled_here", lambda *args: fast.Prepared.plain_step)
+    monkeypatch.setattr(fast, "compare_step", lambda *args: None)
+    model.decode_one_token(torch.tensor([5]), model.new_cache(1))
+    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("W")]  # PyTorch's own log
+    assert [line.split(" (")[0] for line in lines] == [lines[0], "the compiled step cannot be kept on disk"]
+    assert lines[0].startswith("compiling the step")
 
 
 def test_the_key_of_a_compiled_step():
