@@ -162,7 +162,7 @@ def shard(model, device):
     """FSDP: cuts every tensor by rows, one part for each process. A block is put together while it computes."""
     from torch.distributed.fsdp import fully_shard
     mesh = dist.init_device_mesh(device.type, (world_size,))
-    for part in (*model.h, model):
+    for part in (*dict.fromkeys(model.h), model):  # a changed model.py may use a block twice
         fully_shard(part, mesh=mesh)
 
 
@@ -186,9 +186,12 @@ def replicate(model, device):
     if device.type == "cpu":
         # After its first backward pass, DDP rearranges the gradients, and adds up those of the processes in another
         # order. A resumed run would do that at another step. So it happens now, and resuming is exact.
-        ids = torch.zeros(1, 1, dtype=torch.long)
+        ids = torch.arange(model.config.block_size)[None] % model.config.vocab_size
+        buffers = [(b, b.clone()) for b in model.buffers()]  # a changed model.py may count its steps in one
         replica(ids, ids)[1].backward()
         replica.zero_grad()
+        for buffer, before in buffers:
+            buffer.copy_(before)
     return replica
 
 

@@ -76,16 +76,17 @@ def maps_of_last(model, ids, n):
 def look(model, ids):
     """What the model computes at the last of these ids: the attention weights (n_layer, nh, T), and the logits of the
     next token (n_layer + 1, V) if it stopped after the embeddings, after the first block, ..., after the last block."""
-    streams = []  # the residual stream at the last position
-    hooks = [model.h[0].register_forward_pre_hook(lambda _, args: streams.append(args[0][0, -1]))]
-    hooks += [block.register_forward_hook(lambda *args: streams.append(args[-1][0, -1])) for block in model.h]
+    streams, outputs = [], []  # what enters each block, and the logits, at the last position
+    hooks = [block.register_forward_pre_hook(lambda _, args: streams.append(args[0][0, -1]))
+             for block in dict.fromkeys(model.h)]  # a changed model may use a block twice
+    hooks.append(model.register_forward_hook(lambda *args: outputs.append(args[-1][0][0, -1:])))
     try:
         maps = maps_of_last(model, ids, 1)[:, :, 0]
     finally:
         for hook in hooks:
             hook.remove()
-    last = streams[-len(model.h) - 1:]  # the hooks have also seen the passes that filled the cache
-    return maps, model.lm_head(model.ln_f(torch.stack(last)))
+    streams = streams[-len(model.h):]  # the hooks have also seen the passes that filled the cache
+    return maps, torch.cat((model.lm_head(model.ln_f(torch.stack(streams))), outputs[-1]))
 
 
 def steps_of_sample(logits, ids, temperature, top_k, top_p, repetition_penalty):

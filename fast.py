@@ -54,6 +54,7 @@ if __name__ == "__main__":  # settings are read before the heavy imports, so tha
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -130,8 +131,8 @@ class FastDropout(nn.Dropout):
 
     def forward(self, x):
         """x -> x with each number zeroed with probability p and the others divided by 1 - p, in training."""
-        if not self.training or self.p == 0.0:
-            return x
+        if not self.training or self.p in (0.0, 1.0):
+            return super().forward(x)
         # One random 64-bit integer gives four of 16 bits, which are uniform from -2^15 to 2^15 - 1.
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
         keep = bits[:x.numel()].view(x.shape) >= min(round(self.p * 2 ** 16), 2 ** 16 - 1) - 2 ** 15
@@ -216,7 +217,7 @@ def few_rows(x, weight, scale=None, bias=None):
     """The linear layer for a few rows x (..., in), as sums. Decoding multiplies one row per sequence: two operations
     for each weight that it reads. Kernels made for many rows stay far below the memory's bandwidth there. The compiler
     turns these sums into one loop over the weight, in whatever dtype it is stored."""
-    rows = stored(x.float().flatten(0, -2))
+    rows = stored(x.float().reshape(-1, x.size(-1)))
     # An addition takes a CPU several cycles, but it can start another one in each cycle. So four sums are under way at
     # once: those of the rows or, for a single row, those of four parts of the weight.
     together = max(1, 4 // len(rows)) if x.device.type == "cpu" else 1
@@ -452,29 +453,56 @@ def flat_step(model):
 
 @torch.no_grad()
 def compared_step(model):
-    """The function that flat_step makes of the model or, if model.py was changed and computes something else, None. The
-    two are compared for the first position and for the last (or number 1024), where the cache holds random keys and
-    values."""
-    g, token = torch.Generator().manual_seed(0), torch.zeros(1, dtype=torch.long, device=model.wte.weight.device)
+    """The function that flat_step makes of the model or, if model.py was changed and computes something else, None. A
+    step that knows only some of the parameters and buffers is not used: others may change nothing as long as they are
+    0. Nor is one for another attention than FusedAttention."""
     try:
         used = [model.wte, model.wpe, model.ln_f, model.lm_head]
         for block in model.h:
             used += [block.ln_1, block.attn.c_attn, block.attn.c_proj, block.ln_2, block.mlp.c_fc, block.mlp.c_proj]
-        if {id(p) for p in model.parameters()} > {id(p) for layer in used for p in layer.parameters()}:
-            return stay_plain(GPT.decode_one_token, flat_step)  # a new parameter may change nothing as long as it is 0
-        cache = model.new_cache(1, min(model.config.block_size, 1024))
-        k, v = (6 * torch.randn(cache.k[0].shape, generator=g).to(cache.k[0]) for _ in range(2))
-        cache.k, cache.v = [k] * len(cache.k), [v] * len(cache.v)
-        step = flat_step(model)
-        for length in (0, cache.capacity - 1):
-            cache.length = length
-            expected = model.plain_step(token, cache)
-            cache.length = length
-            if not same(step(token, cache), expected, None if k.dtype == torch.float32 else 2 ** -6):
-                return stay_plain(GPT.decode_one_token, flat_step)
-        return step
+        known = {id(t) for layer in used for t in (*layer.parameters(), *layer.buffers())}
+        if (all(type(block.attn) is FusedAttention for block in model.h)
+                and known >= {id(t) for t in (*model.parameters(), *model.buffers())}
+                and same_steps(model, model.plain_step) and same_steps(*loud(model))):
+            return flat_step(model)
     except Exception:
-        return stay_plain(GPT.decode_one_token, flat_step)
+        pass
+    return stay_plain(GPT.decode_one_token, flat_step)
+
+
+def same_steps(model, plain_step):
+    """Whether flat_step computes what plain_step does, for the first position and for the last, where the cache holds
+    random keys and values."""
+    g, token = torch.Generator().manual_seed(0), torch.zeros(1, dtype=torch.long, device=model.wte.weight.device)
+    cache = model.new_cache(1)
+    k, v = (6 * torch.randn(cache.k[0].shape, generator=g).to(cache.k[0]) for _ in range(2))
+    cache.k, cache.v = [k] * len(cache.k), [v] * len(cache.v)
+    step = flat_step(model)
+    for length in (0, cache.capacity - 1):
+        cache.length = length
+        expected = plain_step(token, cache)
+        cache.length = length
+        if not same(step(token, cache), expected, None if k.dtype == torch.float32 else 2 ** -6):
+            return False
+    return True
+
+
+def loud(model):
+    """A small model of the same class and its decode_one_token. Its weights are random and large, so that its numbers
+    reach any limit that someone has set in model.py."""
+    plain_class = next(c for c in type(model).__mro__ if not issubclass(c, Prepared))
+    c = model.config
+    heads, hs = min(c.n_head, 2), min(c.n_embd // c.n_head, 16)
+    with torch.random.fork_rng(devices=[]):
+        small = plain_class(dataclasses.replace(c, n_layer=min(c.n_layer, 2), n_head=heads, n_embd=heads * hs,
+                                                vocab_size=min(c.vocab_size, 64), block_size=min(c.block_size, 16)))
+    g = torch.Generator().manual_seed(0)
+    for p in small.parameters():
+        p.copy_(10 * torch.randn(p.shape, generator=g))
+    for block in small.h:
+        become(block.attn, FusedAttention)
+    small.to(model.wte.weight.device).eval()
+    return small, small.decode_one_token
 
 
 # --- compiled decoding ---
@@ -805,21 +833,23 @@ def same_gelu(plain, fast):
 @torch.enable_grad()
 def same_attention(layer, fast, block_size, g, device):
     """Whether an attention of the class `fast` has the same outputs and gradients as this layer. They are compared in
-    copies whose parameters are moved at random, since a new one in model.py may change nothing as long as it is 0."""
+    copies whose parameters and buffers are moved at random, since a new one in model.py may change nothing as long as
+    it is 0."""
     layer = copy.deepcopy(layer)
-    for name, p in layer.named_parameters():
-        if not name.startswith(("c_attn.", "c_proj.")):  # `attend` does not use these two
-            p.data += torch.randn(p.shape, generator=g).to(p)
-    for module in layer.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    for name, t in (*layer.named_parameters(), *layer.named_buffers()):
+        if not name.startswith(("c_attn.", "c_proj.")) and t.is_floating_point():  # `attend` does not use these two
+            t.data += torch.randn(t.shape, generator=g).to(t)
+    used = [module for module in layer.modules() if isinstance(module, nn.Dropout) and module.p > 0.0]
+    for module in used:
+        module.p = 0.0
     new = twin(layer, fast)
-    # A whole sequence, and a chunk and a single token after a long prefix. The factor 6 makes large scores. Together
-    # they reveal a limit on the scores or on the distance, if someone has added one to model.py.
-    for T, S in ((min(16, block_size),) * 2, (min(5, block_size), block_size), (1, block_size)):
+    # A whole sequence, and a chunk and a single token after a long prefix. The factors 6 and 60 make large scores.
+    # Together they reveal a limit on the scores or on the distance, if someone has added one to model.py.
+    for T, S, size in ((min(16, block_size), min(16, block_size), 6), (min(5, block_size), block_size, 6),
+                       (1, block_size, 6), (1, block_size, 60)):
         q, k, v = (torch.randn(1, layer.n_head, n, layer.c_proj.in_features // layer.n_head, generator=g).to(device)
                    for n in (T, S, S))
-        q, positions = 6 * q, torch.arange(S - T, S, device=device)
+        q, positions = size * q, torch.arange(S - T, S, device=device)
         for training in (False, True) if fast is FusedAttention and T == S else (False,):
             found = []
             for attention in (new, layer):
@@ -829,7 +859,23 @@ def same_attention(layer, fast, block_size, g, device):
                 found.append([y, *torch.autograd.grad(y.square().sum(), inputs)] if training else [y])
             if not all(same(a, b) for a, b in zip(*found, strict=True)):
                 return False
+            if training and used and not same_dropout(layer, used, [q, k, v, positions], found[1][0]):
+                return False
     return True
+
+
+def same_dropout(layer, used, inputs, expected):
+    """Whether attn_dropout, and no other one of these dropouts, acts on the weights of this attention. A dropout of 1
+    makes its output zero, and the others, at 1, change nothing."""
+    for module in used:
+        module.p = float(module is layer.attn_dropout)
+    nothing = layer.attend(*inputs)
+    for module in used:
+        module.p = float(module is not layer.attn_dropout)
+    other = layer.attend(*inputs)
+    for module in used:
+        module.p = 0.0
+    return not nothing.any() and same(other, expected)
 
 
 def computes_the_same(layer, fast, block_size):
@@ -932,7 +978,10 @@ def for_inference(model, dtype="float32", compile=False):
     if device.type == "cpu":
         keep_memory()
     replace(model, CausalSelfAttention, CompiledAttention if compile else FusedAttention)
-    model.to(getattr(torch, "float32" if dtype == "int8" else dtype))
+    target = getattr(torch, "float32" if dtype == "int8" else dtype)
+    model._apply(lambda t: t.to(target) if t.is_floating_point() else t)  # model.to would make complex numbers real
+    ids = torch.arange(min(8, model.config.block_size), device=device)[None] % model.config.vocab_size
+    expected = model(ids)[0] if dtype == "int8" else None
     before = {module: module.weight for module in model.modules() if type(module) is nn.Linear}
     was_tied = getattr(model.lm_head, "weight", None) is model.wte.weight
     if dtype == "int8":
@@ -944,8 +993,11 @@ def for_inference(model, dtype="float32", compile=False):
     elif dtype == "float32" and device.type == "cpu" and torch.backends.mkldnn.is_available():
         replace(model, nn.Linear, EagerLinear)
     try:
-        model(torch.zeros(1, 1, dtype=torch.long, device=device))
-    except Exception:  # a changed model.py uses a weight directly, which has another layout now: undo the replacement
+        logits = model(ids)[0]
+        undo = expected is not None and not same(logits, expected, 0.3)  # int8 changes far less than that
+    except Exception:
+        undo = True
+    if undo:  # a changed model.py uses a weight directly, which has another layout now
         for layer, weight in before.items():
             if layer is model.lm_head:
                 stay_plain(nn.Linear, type(layer))

@@ -74,6 +74,42 @@ def test_resuming_is_exact_in_three_processes(trained):
     assert same_run(trained.folder / "three", trained.folder / "three-halves")
 
 
+WARM_UP = """
+import torch
+import torch.distributed as dist
+
+import distributed
+from model import GPT, MLP, GPTConfig
+
+
+class Counting(MLP):  # counts its passes, and has a layer for tokens of an odd id, as a mixture of experts has
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("passes", torch.zeros(1, dtype=torch.long))
+        self.odd = torch.nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        self.passes += 1
+        return super().forward(x) + (self.odd(x) if x.size(1) > 1 else 0)
+
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8))
+model.h[0].mlp = Counting(model.config)
+replica = distributed.replicate(model, torch.device("cpu"))
+assert model.h[0].mlp.passes == 0 and all(p.grad is None for p in model.parameters())
+ids = torch.arange(8)[None]
+replica(ids, ids)[1].backward()
+assert model.h[0].mlp.passes == 1 and model.h[0].mlp.odd.weight.grad is not None
+dist.destroy_process_group()
+"""
+
+
+def test_preparing_ddp_leaves_no_trace(project):
+    (project.folder / "warm_up.py").write_text(WARM_UP)
+    project.run("warm_up.py")
+
+
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
 def test_one_variable_alone_does_not_make_several_processes(trained, name):
     settings = [*SETTINGS, "--max_iters=2", "--eval_tokens=100"]

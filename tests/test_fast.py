@@ -960,16 +960,117 @@ def new_parameter(self, q, k, v, positions):
     return attention(q, k, v * (1 + self.slope[:, None, None]), positions, self.attn_dropout)[0]
 
 
-@pytest.mark.parametrize("attend", [noise_in_training, keys_without_gradient, new_parameter])
+def new_buffer(self, q, k, v, positions):
+    return attention(q, k, v * (1 + self.buffer), positions, self.attn_dropout)[0]
+
+
+def no_dropout(self, q, k, v, positions):
+    return attention(q, k, v, positions)[0]
+
+
+def dropout_of_values(self, q, k, v, positions):
+    return attention(q, k, self.resid_dropout(v), positions, self.attn_dropout)[0]
+
+
+@pytest.mark.parametrize("attend", [noise_in_training, keys_without_gradient, new_parameter, new_buffer, no_dropout,
+                                    dropout_of_values])
 def test_an_attention_that_differs_only_in_training_stays(monkeypatch, capsys, attend):
-    """In its gradients, in training mode, or as soon as a new parameter is no longer 0."""
+    """In its gradients, in training mode, in its dropout, or as soon as a new tensor is no longer 0."""
     monkeypatch.setattr(CausalSelfAttention, "attend", attend)
-    model = random_model(0)
+    model = random_model(0, dropout=0.1)
     for block in model.h:
         block.attn.slope = nn.Parameter(torch.zeros(model.config.n_head))
+        block.attn.register_buffer("buffer", torch.zeros(1))
     for_training(model)
     assert {type(block.attn) for block in model.h} == {CausalSelfAttention}
     assert "CausalSelfAttention computes something else" in capsys.readouterr().err
+
+
+plain_forward = GPT.forward
+
+
+def with_a_limit_on_values(self, x, positions=None, cache=None, layer=0):
+    B, T, C = x.shape
+    q, k, v = self.c_attn(x).split(C, dim=2)
+    q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v.clamp(-30, 30)))
+    k, v = cache.append(layer, k, v) if cache is not None else (k, v)
+    positions = torch.arange(T) if positions is None else positions
+    return self.resid_dropout(self.c_proj(self.attend(q, k, v, positions).transpose(1, 2).reshape(B, T, C)))
+
+
+def with_a_cap_on_logits(self, *args, **kwargs):
+    logits, loss = plain_forward(self, *args, **kwargs)
+    return 300 * torch.tanh(logits / 300), loss
+
+
+def with_a_window_of_1500(q, k, v, positions, dropout=None):
+    mask = model_module.causal_mask(positions, k.size(-2), q.dtype)
+    near = torch.arange(k.size(-2)) > positions[:, None] - 1500  # a score further away is 0
+    weights = torch.softmax(q @ k.mT / q.size(-1) ** 0.5 * near + mask, dim=-1)
+    return weights @ v, weights
+
+
+@pytest.mark.parametrize("where, what, changed", [
+    (CausalSelfAttention, "forward", with_a_limit_on_values), (GPT, "forward", with_a_cap_on_logits),
+    (model_module, "attention", with_a_window_of_1500)], ids=["values", "logits", "window"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_limit_that_is_out_of_reach_at_first_keeps_the_models_own_step(monkeypatch, capsys, where, what, changed,
+                                                                         dtype):
+    """A limit that only numbers larger than those of this model, or positions further on, come up to."""
+    monkeypatch.setattr(where, what, changed)
+    model = for_inference(random_model(0, block_size=2048), dtype)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        model.decode_one_token(torch.tensor([0]), model.new_cache(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert fast.flat_steps[model][0] is None and "decode_one_token computes something else" in capsys.readouterr().err
+
+
+def test_a_limit_on_scores_keeps_the_plain_attention(monkeypatch, capsys):
+    def limited(q, k, v, positions, dropout=None):
+        scores = (q @ k.mT / q.size(-1) ** 0.5).clamp(-50, 50)
+        weights = torch.softmax(scores + model_module.causal_mask(positions, k.size(-2), q.dtype), dim=-1)
+        return weights @ v, weights
+    monkeypatch.setattr(model_module, "attention", limited)
+    assert {type(block.attn) for block in for_inference(random_model(0)).h} == {CausalSelfAttention}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_buffers_of_complex_numbers_stay_complex(dtype):
+    """Rotary positions as Llama's code has them."""
+    class Rotated(CausalSelfAttention):
+        def attend(self, q, k, v, positions):
+            pairs = torch.view_as_complex(v.float().unflatten(-1, (-1, 2))) * self.turn
+            return super().attend(q, k, torch.view_as_real(pairs).flatten(-2).to(v), positions)
+
+    model, idx = random_model(0, n_embd=12), torch.tensor([[1, 2, 3]])
+    for block in model.h:
+        block.attn.__class__ = Rotated
+        block.attn.register_buffer("turn", torch.polar(torch.ones(1), torch.full((1,), 1.5)))
+    expected = model(idx)[0]
+    torch.testing.assert_close(for_inference(model, dtype)(idx)[0].float(), expected, atol=0.1, rtol=0)
+
+
+@torch.no_grad()
+def test_a_weight_that_is_used_directly_is_not_rounded_to_int8(monkeypatch, capsys):
+    def forward(self, x):
+        return self.c_proj(self.gelu(nn.functional.linear(x, self.c_fc.weight * self.gain, self.c_fc.bias)))
+    monkeypatch.setattr(MLP, "forward", forward)
+    monkeypatch.setattr(MLP, "gain", torch.tensor(1.5), raising=False)
+    model, idx = random_model(0), torch.tensor([[1, 2, 3]])
+    expected = model(idx)[0]
+    torch.testing.assert_close(for_inference(model, "int8")(idx)[0], expected)
+    assert "Linear computes something else than Int8" in capsys.readouterr().err
+
+
+def test_a_linear_layer_of_a_single_vector():
+    layer, x = nn.Linear(8, 5), torch.randn(8)
+    torch.testing.assert_close(fast.few_rows(x, layer.weight, None, layer.bias), layer(x))
+
+
+def test_a_dropout_of_1():
+    assert torch.equal(FastDropout(1.0).train()(torch.ones(5)), torch.zeros(5))
 
 
 def test_a_new_parameter_keeps_the_models_own_step(capsys):

@@ -1,5 +1,6 @@
 """playground.py: its numbers are model.py's, strangers are refused, and the page works in a browser."""
 import contextlib
+import copy
 import http.client
 import json
 import shutil
@@ -63,6 +64,29 @@ def test_the_numbers_are_those_of_the_model(machine):
         close([t["probability"] for t in found["lens"][-1]["likeliest"]], p[n - 1].topk(3).values)
         embedded = model.wte.weight[ids[n - 1]] + model.wpe.weight[n - 1]
         close(found["lens"][0]["chosen"], model.lm_head(model.ln_f(embedded)).softmax(-1)[ids[n]])
+
+
+@torch.no_grad()
+def test_the_logits_are_those_of_a_changed_model(machine, monkeypatch):
+    """Of one that does something after lm_head, and that runs its last block twice."""
+    model, _, tok = machine
+    ids, forward = tok.encode(TEXT)[:9], GPT.forward
+
+    def capped(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        return torch.tanh(logits), loss
+
+    monkeypatch.setattr(GPT, "forward", capped)
+    changed = copy.deepcopy(model)
+    changed.h = torch.nn.ModuleList([changed.h[0], changed.h[1], changed.h[1]])
+    p = changed(torch.tensor([ids]))[0][0, -1].softmax(-1)
+    found = explain(for_inference(changed), tok, ids, 32, 5, 0, 0, PLAIN)
+    close([c["probabilities"]["model"] for c in found["candidates"]], [p[c["id"]] for c in found["candidates"]])
+    close(found["lens"][-1]["chosen"], p[5])
+    streams = changed.wte.weight[ids] + changed.wpe.weight[:len(ids)]
+    for n in range(3):
+        close(found["lens"][n]["chosen"], changed.lm_head(changed.ln_f(streams[-1])).softmax(-1)[5])
+        streams = changed.h[n](streams[None])[0]
 
 
 @torch.no_grad()

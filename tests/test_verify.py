@@ -235,6 +235,20 @@ def test_verify_gradients_needs_no_fast_layers(project):
     assert "fast.py" not in printed and printed.endswith("gradient flow: ok; finite differences: ok\n")
 
 
+def test_verify_mha_of_an_attention_with_other_parameters(project):
+    """The second part fails in one line, and the third still runs."""
+    path = project.folder / "model.py"
+    code, old = path.read_text(encoding="utf-8"), "        self.resid_dropout = nn.Dropout(config.dropout)\n\n"
+    assert code.count(old) == 1
+    code = code.replace(old, old[:-1] + "        self.slope = nn.Parameter(torch.ones(1))\n\n")
+    path.write_text(code, encoding="utf-8")
+    done = project.finish("verify_mha.py")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert 'FAIL  the rest cannot be compared' in done.stdout and '"slope"' in done.stdout
+    assert "ok    float64   input stored with gaps in time, written out" in done.stdout
+    assert done.stdout.endswith("\n1 checks failed\n")
+
+
 def test_verify_gradients_of_blocks_without_a_second_norm(project):
     path = project.folder / "model.py"
     code = path.read_text(encoding="utf-8")
