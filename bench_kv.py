@@ -30,7 +30,7 @@ exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurato
 
 import importlib.util
 
-from files import UserError, write_atomically
+from files import UserError, check_can_write, write_atomically
 
 if model not in (None, "char", "gpt2"):
     raise UserError(f"model must be char or gpt2, got {model!r}")
@@ -40,6 +40,10 @@ if (new_tokens is not None and new_tokens < 4) or repeats < 1:
     raise UserError(f"new_tokens must be at least 4 and repeats at least 1, got {new_tokens} and {repeats}")
 if (prompt is not None and prompt < 1) or (batch is not None and batch < 1):
     raise UserError(f"prompt and batch must be at least 1, got {prompt} and {batch}")
+if sum(map(bool, (model, init_from, out_dir))) > 1:
+    raise UserError("model, init_from and out_dir each name what to measure; give one of them")
+if json:
+    check_can_write(json)
 if peers and not (importlib.util.find_spec("transformers") and importlib.util.find_spec("safetensors")):
     raise UserError("--peers needs: pip install transformers safetensors")
 
@@ -223,9 +227,9 @@ def bench(name, gpt):
     plan = list(variants(config))
     longest = max(p for *_, p in plan) + new_tokens
     if longest > config.block_size:
-        hint = "lower --prompt or --new_tokens" if config.block_size > 4 else "which is too short to measure"
+        hint = "; lower --prompt or --new_tokens" if config.block_size > 4 else ", which is too short to measure"
         raise UserError(f"a prompt of {longest - new_tokens} and {new_tokens} new tokens exceed the block_size of "
-                        f"{name}, {config.block_size}; {hint}")
+                        f"{name}, {config.block_size}{hint}")
     print(f"\n{name}: {gpt.num_parameters():,} parameters, block_size {config.block_size}, {device}, "
           f"{torch.get_num_threads()} threads, memory read at {memory_bandwidth() / 1e9:.1f} GB/s")
     gpts = {(d, c): for_inference(copy.deepcopy(gpt), d, c) for d, c in {(d, c) for d, c, *_ in plan}}

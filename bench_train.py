@@ -32,7 +32,10 @@ split_arguments()
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
 exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
 
-from files import UserError, write_atomically
+from files import UserError, check_can_write, write_atomically
+
+if json:
+    check_can_write(json)
 
 if steps < 1:
     raise UserError(f"steps must be at least 1, got {steps}")

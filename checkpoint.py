@@ -734,7 +734,8 @@ def load_pretrained(name_or_folder, block_size=None, dropout=0.0):
     except UserError:
         raise
     except OSError as e:
-        raise UserError(f"{name_or_folder} has no readable config.json ({first_line(e)})") from None
+        raise UserError(f"{name_or_folder} holds neither a checkpoint (best.pt, latest.pt) nor a readable config.json, "
+                        f"as a model in Hugging Face's format does ({e.strerror})") from None
     except (TypeError, ValueError) as e:
         raise UserError(f"the config.json of {name_or_folder} does not fit a GPT-2 ({first_line(e)})") from None
     tensors = read_tensors(folder, name_or_folder)
@@ -922,7 +923,7 @@ def model_card(checkpoint, folder):
              f"- Validation loss: {'unknown' if loss is None else f'{loss:.4f} nats per token'}", "",
              "Trained with", "", f"    python train.py {shlex.join(words)}", "", "To write text with it:", "",
              "    from transformers import pipeline",
-             f'    generate = pipeline("text-generation", model="{name}")',
+             f'    generate = pipeline("text-generation", model={name!r})',
              f'    print(generate({prompt!r}, max_new_tokens={new_tokens})[0]["generated_text"])', ""]
     return "\n".join(lines)
 

@@ -167,7 +167,7 @@ def _read_settings(path, namespace):
                 "lines such as n_layer = 6 and top_k: int | None = None, with a lower-case name and an int, float, str "
                 "or bool") from None
         settings[name] = kinds[kind], bool(others), node
-    return ast.get_docstring(tree) or "", settings
+    return (ast.get_docstring(tree, clean=False) or "").rstrip(), settings
 
 
 def _as_kind(value, kind, optional, from_text=False):

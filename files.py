@@ -158,9 +158,18 @@ def bits_per_byte(loss, meta):
     return f" ({loss / math.log(2) / bytes_per_token:.4f} bits per byte)" if bytes_per_token else ""
 
 
+def check_can_write(path):
+    """UserError if no file can be written there, so that a long measurement fails at its start and not at its end."""
+    folder = Path(path).parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{path} cannot be written; name a file in a folder of yours")
+
+
 def is_dataset_name(name):
     """Whether this can be the name of a dataset, a folder in data/. Two folders there are caches."""
-    return re.fullmatch(r"\w[\w.-]*", name) is not None and name not in ("compiled", "tiktoken")
+    return re.fullmatch(r"\w[\w.-]*", name) is not None and name.lower() not in ("compiled", "tiktoken")
 
 
 def prepare_dataset(folder, arguments, give_up):

@@ -3,14 +3,14 @@
     python playground.py                          # the run in out/
     python playground.py --init_from=gpt2         # GPT-2's weights: by name, or a Hugging Face folder
 
-Open the address that it prints. Only this computer can reach it. The page is playground.html. It asks for what it shows
-with requests in JSON, which only this page may send. Ctrl-C ends the program.
+Open the address that it prints. Only this computer can reach it. The page is playground.html. It gets its
+figures from this program, as JSON. Requests from other pages are refused. Ctrl-C ends the program.
 """
 import os
 
 init_from = "resume"        # resume: the run in out_dir; else gpt2, ..., gpt2-xl, a Hugging Face name, a folder
 out_dir = "out"             # the run to take the model from
-port = 8000                 # of the address, http://127.0.0.1:8000; 0: any that is free
+port = 8000                 # the port in the page's address; 0: any that is free
 device: str | None = None   # cpu, cuda, cuda:1, mps, xpu; None: the best there is
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
 exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())

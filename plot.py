@@ -216,6 +216,7 @@ def plot_loss():
             if points:
                 end = "" if column == "loss" else f", at the end {points[-1][1]:.3f}"
                 shown = folder.encode(errors="replace").decode()  # a folder's name may not be UTF-8
+                shown = "./" * shown.startswith("_") + shown  # matplotlib hides labels that begin with _
                 ax.plot(*zip(*points, strict=True), color=f"C{n}", label=f"{shown}: {name}{end}", **style)
     ax.set_xlabel("steps" if x == "steps" else "seconds of training")
     ax.set_ylabel("loss (nats per token)" if y == "loss" else "loss (bits per byte of text)")
@@ -233,6 +234,8 @@ def plot_gradients():
                 norms = [r["block"] for r in data if (r["blocks"], r["n_layer"], r["when"]) == (name, n_layer, when)]
                 if len(norms) > n_layer:
                     raise UserError(f"{json}: {name} with {n_layer} layers is there more than once; draw one file")
+                if len(norms) < n_layer or min(norms) <= 0:
+                    raise UserError(f"{json}: {name} with {n_layer} layers should have {n_layer} norms above 0 {when}")
                 ax.semilogy(np.linspace(0, 1, len(norms)), norms, (":", "--", "-")[i % 3], color=f"C{n}",
                             label=f"{name}, {n_layer} layers")
         ax.set_title(when)

@@ -8,7 +8,7 @@
     python prepare.py --dataset=openwebtext                             # 9 billion tokens (pip install datasets)
 
 A text file is one document. So is each line of a .jsonl or .ndjson file, each element of a .json file, and each row of
-a .parquet file. Any of them but the last may be compressed (.gz, .bz2, .xz). Documents are separated by the end-of-text
+a .parquet file. All but the last may be compressed (.gz, .bz2, .xz). Documents are separated by the end-of-text
 token or, if tokens are characters, by a newline. Line ends become \\n. The last val_fraction of the tokens is the
 validation split. Text is read and encoded piece by piece, so it may be larger than memory.
 
@@ -18,7 +18,7 @@ interrupted leaves the previous dataset as it was, and the same command continue
 import os
 
 dataset = "shakespeare_char"   # the name of the folder in data/
-input: str | None = None       # a file, folder or glob, or -; None: data/<dataset>/input.txt, or a built-in text
+input: str | None = None       # a file, folder or glob; -: standard input; None: its input.txt, or a built-in text
 val_input: str | None = None   # a file, folder or glob for the validation split; None: the end of `input`
 text_key = "text"              # the key or column of a .json, .jsonl or .parquet file that holds the text
 tokenizer: str | None = None   # char or gpt2; None: gpt2 for shakespeare and openwebtext, else char
@@ -38,9 +38,11 @@ if val_input and "val_fraction" in overrides:
     raise UserError("--val_input names the text of the validation split; leave out --val_fraction")
 if "" in (input, val_input):
     raise UserError("input and val_input are files, folders or globs, got ''")
+if input and "dataset" not in overrides:
+    raise UserError("--input needs a name for the dataset, as in --dataset=mine")
 if not is_dataset_name(dataset):
-    raise UserError("dataset is the name of a folder in data/, in letters, digits, '_', '-' and '.', "
-                    f"got {dataset!r}; name the text itself with --input")
+    raise UserError("dataset is the name of a folder in data/, in letters, digits, '_', '-' and '.', but not compiled "
+                    f"or tiktoken, got {dataset!r}; name the text itself with --input")
 
 import glob
 import hashlib
@@ -469,10 +471,6 @@ def main():
 
 def prepare_text():
     """Text -> train.bin, val.bin and meta.json in .partial. Returns the contents of meta.json."""
-    if input and "dataset" not in overrides and (FOLDER / "meta.json").is_file():
-        before = read_json(FOLDER / "meta.json", {}).get("source")
-        if before not in (input, "standard input"):
-            raise UserError(f"{FOLDER} holds a dataset made from {before}; name the new one: --dataset=NAME")
     files, source = find_files()
     val_files = expand("val_input", val_input) if val_input else []
     if not any(size_of(p) for p in files):

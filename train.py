@@ -10,7 +10,7 @@ Writes out/latest.pt (to resume), out/best.pt (the lowest validation loss, to sa
 """
 import os
 
-# The run. If a setting is None, and its comment says nothing about None, defaults.py chooses it to fit the text.
+# the run (where a default is None without a further word, defaults.py chooses what fits the text)
 out_dir = "out"                    # where checkpoints and the log go; an earlier run there is renamed to out.1, ...
 init_from = "scratch"              # scratch, resume, or weights: gpt2, ..., gpt2-xl, the folder of a run or of a GPT-2
 seed = 1337                        # every random choice of the run follows from it
@@ -33,12 +33,12 @@ learning_rate: float | None = None  # AdamW's peak; the log's lr is AdamW's rate
 muon_learning_rate: float | None = None  # Muon's peak
 muon_momentum = 0.9                # Muon's decay of the running mean of the gradient; 0.95 for long runs
 warmup_iters: int | None = None    # steps in which the rates rise to their peaks; None: a tenth of lr_decay_iters
-lr_decay = "linear"                # the curve on which they fall again: linear, or cosine
-lr_decay_iters: int | None = None  # the step at which they reach their final values; None: the first max_iters
-final_lr_fraction = 0.0            # the rates at the end, as a fraction of their peaks
+lr_decay = "linear"                # the curve on which the rates fall after that: linear, or cosine
+lr_decay_iters: int | None = None  # the step at which the rates are at their end; None: max_iters of a new run
+final_lr_fraction = 0.0            # the rates at their end, as a fraction of their peaks
 weight_decay = 0.1                 # pulls matrices towards zero, by this times the rate; biases and norms have none
 beta1 = 0.9                        # AdamW's decay of the running mean of the gradient
-beta2 = 0.99                       # and of the squared gradient; 0.95 for large batches
+beta2 = 0.99                       # AdamW's decay of the mean of the squared gradient; 0.95 for large batches
 grad_clip = 1.0                    # largest norm of the gradient; 0.0: no clipping
 # evaluation, log and checkpoints
 eval_interval: int | None = None   # steps between evaluations; one before the first step and one after the last, too
@@ -48,8 +48,8 @@ patience: int | None = None        # stop after this many evaluations without a 
 log_interval = 10                  # steps between lines of the log
 tensorboard = False                # write the log for TensorBoard too (pip install tensorboard), in out_dir
 wandb = False                      # send the log to Weights & Biases too (pip install wandb)
-wandb_project = "gpt"              # its project
-wandb_name: str | None = None      # the run's name there; None: out_dir
+wandb_project = "gpt"              # the project at Weights & Biases
+wandb_name: str | None = None      # the run's name at Weights & Biases; None: out_dir
 checkpoint_interval = 250          # steps between checkpoints; one after the last step, too
 # machine
 device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
@@ -145,7 +145,7 @@ lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 warmup_iters = lr_decay_iters // 10 if warmup_iters is None else warmup_iters
 config |= chosen | {"lr_decay_iters": lr_decay_iters, "warmup_iters": warmup_iters}
 if len(train_data) <= block_size:
-    raise UserError(f"{dataset} has {len(train_data)} tokens to train on, too few for a block_size of {block_size}")
+    raise UserError(f"{dataset} has {len(train_data)} tokens, too few for a block_size of {block_size}; change either")
 if tokenizer not in (None, meta["tokenizer"]) or fixed.get("vocab_size", meta["vocab_size"]) != meta["vocab_size"]:
     raise UserError(f"{source} and {dataset} have different tokenizers; name another dataset, or start from scratch")
 
@@ -245,7 +245,7 @@ def evaluate_and_keep_best():
     start = time.perf_counter()
     train_loss, val_loss = evaluate(train_data, evenly=True), evaluate(val_data)
     eval_seconds = time.perf_counter() - start
-    improved = best_val_loss is None or val_loss < best_val_loss
+    improved = math.isfinite(val_loss) and (best_val_loss is None or val_loss < best_val_loss)
     print_once(f"step {iter_num}/{max_iters}  train loss {train_loss:.4f}  validation loss {val_loss:.4f}"
                f"{bits_per_byte(val_loss, meta)}{', the lowest so far' if improved and iter_num else ''}")
     check_finite(train_loss, val_loss)
@@ -308,10 +308,10 @@ if __name__ == "__main__":
                f"{tokens_per_step:,} tokens, {max_iters * tokens_per_step / len(train_data):.1f} epochs of {dataset}")
     if checkpoint:
         print_once(f"resuming {out_dir} after step {iter_num}")
-        if max_iters > lr_decay_iters and not final_lr_fraction:
-            print_once(f"the rate is 0 from step {lr_decay_iters} on; to learn more: --lr_decay_iters={max_iters}")
     elif not pretrained:  # all tokens are about equally likely to an untrained model
         print_once(f"untrained, the loss should be about ln(vocab_size) = ln({V}) = {math.log(V):.4f}")
+    if max_iters > lr_decay_iters and not final_lr_fraction:
+        print_once(f"the rate is 0 from step {lr_decay_iters} on; to learn more: --lr_decay_iters={max_iters}")
     if eval_only:
         evaluate_and_keep_best()
         distributed.finish()  # ends the program
@@ -347,7 +347,7 @@ if __name__ == "__main__":
             left = ((max_iters - iter_num) * tokens_per_step / speed
                     + (math.ceil(max_iters / eval_interval) - iter_num // eval_interval) * eval_seconds)
             flops = speed * raw_model.flops_per_token(block_size) / world_size
-            of_peak = f" ({flops / machine_peak:.0%} of peak)" if machine_peak else ""
+            of_peak = f" ({flops / machine_peak:.0%} of peak)" if flops < (machine_peak or 0) else ""
             print_once(f"step {iter_num}/{max_iters}  loss {mean_loss:.4f}  lr {learning_rate * share:.2e}  grad norm "
                        f"{grad_norm.item():.3f}  {speed:,.0f} tokens/s{of_peak}  {format_seconds(left)} left")
             check_finite(mean_loss)
@@ -368,6 +368,7 @@ if __name__ == "__main__":
     where = "" if out_dir == "out" else f" --out_dir={quoted(out_dir)}"
     if out_of_patience():
         print_once(f"stopping early: {bad_evals} evaluations without a lower validation loss")
+    stop = stop if iter_num < max_iters else 0  # a signal during the last step changes nothing
     if stop:
         print_once(f"stopped by signal {stop} after step {iter_num}; "
                    f"go on with: python train.py --init_from=resume{where}")

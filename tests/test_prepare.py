@@ -123,14 +123,18 @@ def test_a_folder_with_links(project):
     assert load_tokenizer(meta["tokenizer"]).decode(train + val) == "one\ntwo"
 
 
-def test_another_dataset_is_not_replaced_unasked(project):
-    for name in ("a", "b"):
-        (project.folder / f"{name}.txt").write_text(f"text {name}\n" * 9)
-    project.run("prepare.py", "--input=a.txt")
-    project.run("prepare.py", "--input=a.txt")
-    assert "made from a.txt; name the new one: --dataset=NAME" in project.fails("prepare.py", "--input=b.txt")
-    project.run("prepare.py", "--input=b.txt", "--dataset=shakespeare_char")
-    assert read(project, "shakespeare_char")[0]["source"] == "b.txt"
+def test_a_text_of_ones_own_needs_a_name(project):
+    """Otherwise it would be shakespeare_char to every recipe."""
+    (project.folder / "a.txt").write_text("text a\n" * 9)
+    assert "--input needs a name for the dataset, as in --dataset=mine" in project.fails("prepare.py", "--input=a.txt")
+    assert not (project.folder / "data" / "shakespeare_char").exists()
+    project.run("prepare.py", "--input=a.txt", "--dataset=shakespeare_char")
+    assert read(project, "shakespeare_char")[0]["source"] == "a.txt"
+
+
+@pytest.mark.parametrize("name", ["compiled", "Tiktoken"])
+def test_names_that_are_taken(project, name):
+    assert "but not compiled or tiktoken" in project.fails("prepare.py", f"--dataset={name}")
 
 
 DOCUMENTS = ["first\nof two lines ", "", "", "<|endoftext|> is text", "café \U0001f600 你好", hard_text(400), ""]

@@ -207,6 +207,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(trained, interval):
     assert all(torch.isfinite(w).all() for w in checkpoint["model"].values())
 
 
+def test_a_rate_that_ends_early_is_said(trained):
+    printed = trained.run("train.py", *TINY, "--max_iters=3", "--lr_decay_iters=2", "--final_lr_fraction=0",
+                          "--out_dir=ends-early")
+    assert "the rate is 0 from step 2 on; to learn more: --lr_decay_iters=3" in printed
+
+
+def test_a_loss_that_is_nan_is_not_the_lowest(trained):
+    done = trained.finish("train.py", *TINY, "--max_iters=1", "--eval_tokens=320", "--learning_rate=1e20",
+                          "--out_dir=no-number")
+    assert "validation loss nan" in done.stdout and "lowest" not in done.stdout
+    assert "the loss at step 1 is not finite" in done.stderr
+
+
 def test_a_missing_dataset_is_prepared(project):
     printed = project.run("train.py", *TINY, "--dataset=shakespeare_char", "--max_iters=1", "--eval_tokens=320")
     assert "preparing it" in printed and (project.folder / "data/shakespeare_char/meta.json").exists()

@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -324,7 +325,8 @@ def test_a_scaled_attention_kernel_is_found_in_the_flow(monkeypatch, verify_grad
 
 
 @pytest.mark.parametrize("argument, words", [("--depths=6,x", "'6,x'"), ("--depths=1", "from 2 to 1000"),
-                                             ("--steps=0", "at least 1")])
+                                             ("--steps=0", "at least 1"), ("--json=.", ". cannot be written"),
+                                             ("--json=model.py/g.json", "cannot be written")])
 def test_errors_of_verify_gradients(project, argument, words):
     assert words in project.fails("verify_gradients.py", argument)
 
@@ -334,6 +336,24 @@ def test_fast_py_measures_at_least_once(project):
 
 
 # --- pictures ---
+
+def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(trained, tmp_path):
+    folder = tmp_path / "_run"
+    folder.mkdir()
+    shutil.copy(trained.folder / "out" / "log.csv", folder)
+    done = trained.finish("plot.py", "--what=loss", "--out_dir=_run", "--file=a.svg", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "./_run: training" in (tmp_path / "a.svg").read_text()
+
+
+@pytest.mark.parametrize("norms", [[1.0], [1.0, 0.0]])
+def test_a_picture_of_gradients_needs_all_blocks(project, norms):
+    records = [{"blocks": "Pre-LN", "n_layer": 2, "when": when, "block": norm}
+               for when in ("at start", "trained") for norm in norms]
+    (project.folder / "g.json").write_text(json.dumps(records))
+    assert "Pre-LN with 2 layers should have 2 norms above 0 at start" in project.fails(
+        "plot.py", "--what=gradients", "--json=g.json")
+
 
 def test_pictures_of_a_run(trained, tmp_path):
     trained.run("plot.py", f"--file={tmp_path}/default.svg")  # draws the characters of the default text that it knows
