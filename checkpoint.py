@@ -440,7 +440,7 @@ def check_probe(model, checkpoint, path):
     same_kind = (now.shape, now.dtype) == (then.shape, then.dtype)
     difference = (now - then).abs().max().item() if same_kind else math.inf
     if not difference <= 3e-5 * max(1.0, now.abs().max().item()):
-        raise UserError(f"{path}: model.py computes something else than when this was saved (logits differ by up to "
+        raise UserError(f"{path}: model.py no longer computes what it did when this was saved (logits differ by up to "
                         f"{difference:.2g}); restore model.py, or go on with GPT_CHANGED_MODEL=1 in the environment")
 
 
@@ -953,8 +953,9 @@ def to_gpt2(model):
         if not (ours - theirs).abs().max() <= 1e-9 * max(1.0, ours.abs().max().item()):
             raise ValueError(f"its logits differ from GPT-2's by {(ours - theirs).abs().max():.2g}")
     except (KeyError, RuntimeError, ValueError) as e:
-        raise UserError("the model cannot be exported, because model.py computes something else than GPT-2 "
-                        f"({first_line(e)}); nothing was written") from None
+        reason = f"it has no {e.args[0].removeprefix('transformer.')}" if isinstance(e, KeyError) else first_line(e)
+        raise UserError("the model cannot be exported, because model.py does not compute what GPT-2 does "
+                        f"({reason}); nothing was written") from None
     if torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"]):
         del tensors["lm_head.weight"]
     return tensors

@@ -646,7 +646,7 @@ def compare_step(step, model, cache):
         token = torch.full((B,), (0, vocab_size - 1, vocab_size // 2)[i])
         found, expected = step(model, token, caches[0]), model.plain_step(token, caches[1])
         if not same(found, expected, 1e-4 if cache.k[0].dtype == torch.float32 else 0.05):
-            raise UserError("model.py was changed, and compiled decoding computes something else than it does; leave "
+            raise UserError("model.py was changed, and compiled decoding gives other logits than it does; leave "
                             "--compile out")
 
 
@@ -929,7 +929,7 @@ def replace_head(model):
 def stay_plain(plain, fast):
     """Prints that a layer is not replaced."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"fast.py: {plain.__name__} computes something else than {fast.__name__} does, so it stays as it is in "
+        print(f"fast.py: {plain.__name__} does not compute what {fast.__name__} does, so it stays as it is in "
               "model.py, which may be slower", file=sys.stderr)
 
 

@@ -406,7 +406,7 @@ def test_int8_kernel_that_fails_is_left_out(monkeypatch, capsys, missing):
         check_int8_kernel()
     small, large, error = int8_layers()
     assert (small, large) == (Int8Linear, Int8Linear) and error < 1e-5
-    assert "Linear computes something else than Int8KernelLinear does" in capsys.readouterr().err
+    assert "Linear does not compute what Int8KernelLinear does" in capsys.readouterr().err
 
 
 def test_int8_of_a_row_of_zeros():
@@ -930,7 +930,7 @@ def test_a_mistake_in_the_flat_step(monkeypatch, capsys, wrong):
             check_inference("float32", False)
     monkeypatch.setattr(fast, "flat_step", wrong)
     check_inference("float32", False)
-    assert f"decode_one_token computes something else than {wrong.__name__}" in capsys.readouterr().err
+    assert f"decode_one_token does not compute what {wrong.__name__}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
@@ -945,7 +945,7 @@ def test_a_model_whose_last_positions_differ_keeps_its_own_step(monkeypatch, dty
     for_inference(model, dtype)
     with torch.no_grad():
         model.decode_one_token(torch.tensor([0]), model.new_cache(1))
-    assert fast.flat_steps[model][0] is None and "decode_one_token computes something else" in capsys.readouterr().err
+    assert fast.flat_steps[model][0] is None and "decode_one_token does not compute" in capsys.readouterr().err
 
 
 def noise_in_training(self, q, k, v, positions):
@@ -983,7 +983,7 @@ def test_an_attention_that_differs_only_in_training_stays(monkeypatch, capsys, a
         block.attn.register_buffer("buffer", torch.zeros(1))
     for_training(model)
     assert {type(block.attn) for block in model.h} == {CausalSelfAttention}
-    assert "CausalSelfAttention computes something else" in capsys.readouterr().err
+    assert "CausalSelfAttention does not compute" in capsys.readouterr().err
 
 
 plain_forward = GPT.forward
@@ -1023,7 +1023,7 @@ def test_a_limit_that_is_out_of_reach_at_first_keeps_the_models_own_step(monkeyp
     with torch.no_grad():
         model.decode_one_token(torch.tensor([0]), model.new_cache(1))
     assert torch.equal(torch.get_rng_state(), state)
-    assert fast.flat_steps[model][0] is None and "decode_one_token computes something else" in capsys.readouterr().err
+    assert fast.flat_steps[model][0] is None and "decode_one_token does not compute" in capsys.readouterr().err
 
 
 def test_a_limit_on_scores_keeps_the_plain_attention(monkeypatch, capsys):
@@ -1061,7 +1061,7 @@ def test_a_weight_that_is_used_directly_is_not_rounded_to_int8(monkeypatch, caps
     model, idx = random_model(0), torch.tensor([[1, 2, 3]])
     expected = model(idx)[0]
     torch.testing.assert_close(for_inference(model, "int8")(idx)[0], expected)
-    assert "Linear computes something else than Int8" in capsys.readouterr().err
+    assert "Linear does not compute what Int8" in capsys.readouterr().err
 
 
 def test_a_linear_layer_of_a_single_vector():
@@ -1078,7 +1078,7 @@ def test_a_new_parameter_keeps_the_models_own_step(capsys):
     for block in model.h:
         block.attn.slope = nn.Parameter(torch.zeros(1))
     for_inference(model).generate(torch.tensor([[1, 2]]), 3)
-    assert fast.flat_steps[model][0] is None and "decode_one_token computes something else" in capsys.readouterr().err
+    assert fast.flat_steps[model][0] is None and "decode_one_token does not compute" in capsys.readouterr().err
 
 
 def test_an_exchanged_layer_is_used():
@@ -1134,7 +1134,7 @@ def test_a_weight_that_is_used_directly_keeps_its_layout(dtype, compile, capsys)
     assert_as_exact(model(idx)[0], plain, exact)
     assert model.num_parameters() == numbers
     layout_changes = dtype == "int8" or ((dtype, compile) == ("float32", False) and fast.EagerLinear is PackedLinear)
-    assert capsys.readouterr().err.count("fast.py: Linear computes something else") == layout_changes
+    assert capsys.readouterr().err.count("fast.py: Linear does not compute") == layout_changes
 
 
 # --- mistakes in the replacements: the comparisons above find them, and so does fast.py itself ---
@@ -1330,7 +1330,7 @@ def test_a_replacement_with_a_mistake_is_left_out(monkeypatch, capsys, prepare_a
     layer = FastGELU if plain is nn.GELU else where
     assert layer not in classes(model) and plain in classes(model)
     assert_as_exact(model(idx)[0], None, exact)
-    assert capsys.readouterr().err == (f"fast.py: {plain.__name__} computes something else than {layer.__name__} does, "
+    assert capsys.readouterr().err == (f"fast.py: {plain.__name__} does not compute what {layer.__name__} does, "
                                        "so it stays as it is in model.py, which may be slower\n")
 
 
@@ -1354,7 +1354,7 @@ def test_another_attention_in_the_model_stays(monkeypatch, capsys, prepare):
     prepare(model)
     assert CausalSelfAttention in classes(model)
     assert_as_exact(model(idx)[0], plain, exact)
-    assert capsys.readouterr().err.count("fast.py: CausalSelfAttention computes something else") == 1
+    assert capsys.readouterr().err.count("fast.py: CausalSelfAttention does not compute") == 1
 
 
 @pytest.mark.parametrize("prepare", [for_training, for_inference, functools.partial(for_inference, compile=True)])
@@ -1374,7 +1374,7 @@ def test_an_attention_that_differs_from_layer_to_layer_stays(monkeypatch, capsys
     assert (exact - unedited).abs().max() > 0.1
     prepare(model)
     assert_as_exact(model(idx)[0], None, exact)
-    assert capsys.readouterr().err.count("fast.py: CausalSelfAttention computes something else") == 1
+    assert capsys.readouterr().err.count("fast.py: CausalSelfAttention does not compute") == 1
 
 
 def test_nothing_is_said_about_an_unedited_model(capsys):

@@ -344,7 +344,7 @@ def test_weights_that_are_not_finite_are_not_sampled_from(trained):
 
 
 @pytest.mark.parametrize("place, change, words", [
-    (("probe",), torch.Tensor.bool, "model.py computes something else"), (("probe",), lambda t: t[:0], "model.py"),
+    (("probe",), torch.Tensor.bool, "model.py no longer computes"), (("probe",), lambda t: t[:0], "model.py"),
     (("model", "ln_f.weight"), torch.Tensor.cfloat, "ln_f.weight is of torch.complex64")], ids=range(3))
 def test_a_tensor_of_another_type_is_refused(trained, tmp_path, place, change, words):
     checkpoint = load_checkpoint(trained.folder / "out" / "best.pt")
