@@ -34,11 +34,13 @@ from checkpoint import (
     load_to_resume,
     lock_run,
     move_aside,
+    probe,
+    save_checkpoint,
 )
 from conftest import ROOT, TEXT, TINY, Project
 from device import check_generation_memory, check_training_memory
 from files import LOG_COLUMNS, UserError, finish_publishing, open_dataset, read_log
-from model import GPT, GPTConfig
+from model import GPT, Block, GPTConfig
 from test_nanogpt import nested
 from test_prepare import small_pieces
 from test_train import rows, same_run, same_state, step_of_log
@@ -510,9 +512,10 @@ def test_a_checkpoints_fields_are_checked(trained, tmp_path, place, value, words
     assert place in str(caught.value) or "n_layer" in value
 
 
-def test_layers_may_share_their_weights():
-    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=12, n_head=2, n_embd=8))
-    model.h = torch.nn.ModuleList([model.h[0]] * 12)
+@pytest.mark.parametrize("n_layer", [12, 100])
+def test_layers_may_share_their_weights(n_layer):
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=n_layer, n_head=2, n_embd=32, bias=False))
+    model.h = torch.nn.ModuleList([model.h[0]] * n_layer)
     check_size(model.config, model.state_dict(), "path")
 
 
@@ -578,6 +581,34 @@ def test_a_few_bytes_do_not_take_the_memory(trained, tmp_path, place, value):
 
 def test_a_pickle_of_too_many_values_is_refused():
     assert is_plain_pickle(b"]" * 1_000_000 + b".") and not is_plain_pickle(b"]" * 2_000_001 + b".")
+
+
+def test_a_changed_model_may_have_other_buffers(trained, tmp_path, monkeypatch):
+    """Of truth values and whole numbers. Its __init__ may compute with numbers, which PyTorch's meta device lacks."""
+    init = Block.__init__
+
+    def changed(self, config):
+        init(self, config)
+        self.rate = torch.linspace(0, 0.1, config.n_layer)[-1].item()
+        self.register_buffer("mask", torch.ones(config.block_size, config.block_size).tril().bool())
+        self.register_buffer("passes", torch.zeros(1, dtype=torch.long))
+
+    monkeypatch.setattr(Block, "__init__", changed)
+    checkpoint = load_checkpoint(trained.folder / "out" / "best.pt")
+    model = GPT(GPTConfig(**checkpoint["model_config"]))
+    save_checkpoint(tmp_path / "best.pt", checkpoint | {"model": model.state_dict(), "probe": probe(model)})
+    loaded = load_model(tmp_path)[0]
+    assert torch.equal(loaded.h[0].mask, model.h[0].mask) and loaded.h[0].rate == model.h[0].rate
+    wrong = model.state_dict() | {"h.0.passes": torch.zeros(1, dtype=torch.int32)}
+    torch.save(checkpoint | {"model": wrong}, tmp_path / "best.pt")
+    with pytest.raises(UserError, match="h.0.passes is of torch.int32"):
+        load_model(tmp_path)
+
+
+def test_a_config_that_could_not_be_loaded_is_not_saved(tmp_path):
+    with pytest.raises(UserError, match="GPTConfig should hold numbers and strings, or it cannot be saved"):
+        save_checkpoint(tmp_path / "latest.pt", {"model_config": {"windows": (16, 64)}})
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_state_dict_may_have(trained, tmp_path):
