@@ -21,7 +21,7 @@ dataset = "shakespeare_char"   # the name of the folder in data/
 input: str | None = None       # a file, folder or glob; -: standard input; None: its input.txt, or a built-in text
 val_input: str | None = None   # a file, folder or glob for the validation split; None: the end of `input`
 text_key = "text"              # the key or column of a .json, .jsonl or .parquet file that holds the text
-tokenizer: str | None = None   # char or gpt2; None: gpt2 for shakespeare and openwebtext, else char
+tokenizer: str | None = None   # char, gpt2, or that of another dataset, by name; None: char, but gpt2 for two datasets
 val_fraction = 0.1             # the share of the tokens, at the end, that is held back for validation
 # Settings are read before the heavy imports: --help and a typo answer at once, and Ctrl-C is quiet.
 exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
@@ -30,8 +30,6 @@ import re
 from files import META, UserError, download, finish_publishing, is_dataset_name, read_json, read_wheel, write_atomically
 
 kind = tokenizer or ("gpt2" if dataset in ("shakespeare", "openwebtext") else "char")
-if kind not in ("char", "gpt2"):
-    raise UserError(f"tokenizer must be char or gpt2, got {kind!r}")
 if not 0 < val_fraction < 1:
     raise UserError(f"val_fraction must be between 0 and 1, got {val_fraction}")
 if val_input and "val_fraction" in overrides:
@@ -64,7 +62,10 @@ from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, read_nanogpt_
 
 BATCH = 16 << 20   # the progress is saved after roughly this many characters
 RUN = 20_000       # characters at the end of a text without white space, in which to look for a place to cut it
-FOLDER = Path(__file__).resolve().parent / "data" / dataset
+DATA = Path(__file__).resolve().parent / "data"
+FOLDER = DATA / dataset
+if kind not in ("char", "gpt2") and not (is_dataset_name(kind) and (DATA / kind / "meta.json").is_file()):
+    raise UserError(f"tokenizer must be char, gpt2 or the name of another dataset in data/, got {kind!r}")
 if FOLDER.exists() and not FOLDER.is_dir():
     raise UserError(f"{FOLDER} is a file; give the dataset another name")
 PARTIAL = FOLDER / ".partial"  # holds the files until they are finished
@@ -269,8 +270,12 @@ def show_progress(what, done, total, started, tokens=0):
 
 
 def make_tokenizer(kind, files):
-    """The tokenizer of that kind. For characters it reads the whole text, to collect them."""
-    if kind == "gpt2":
+    """The tokenizer of that kind, or of the dataset of that name. For characters it reads the whole text, to collect
+    them. UserError if there are some that the dataset's tokenizer does not know."""
+    known = None
+    if kind not in ("char", "gpt2"):
+        known = load_tokenizer(read_json(DATA / kind / "meta.json", META)["tokenizer"])
+    if "gpt2" in (kind, known and known.kind):
         return BPETokenizer()
     total = sum(size_of(p) for p in files)
     seen, documents, bad, started = set(), 0, [], time.time()
@@ -284,7 +289,10 @@ def make_tokenizer(kind, files):
         seen.add("\n")  # separates documents
     if not seen:
         raise UserError(f"there is no text in {input or files[0]}" + (f"; {describe(bad)}" if bad else ""))
-    return CharTokenizer("".join(sorted(seen)))
+    if known and (new := "".join(sorted(seen - set(known.chars)))):
+        raise UserError(f"the text has {plural(len(new), 'character')} that {kind} does not have: {new[:100]!r}; "
+                        "replace them, or leave out --tokenizer")
+    return known or CharTokenizer("".join(sorted(seen)))
 
 
 def encode(name, tok, files, progress, dtype, sha256, bad, notes):

@@ -147,7 +147,7 @@ config |= chosen | {"lr_decay_iters": lr_decay_iters, "warmup_iters": warmup_ite
 if len(train_data) <= block_size:
     raise UserError(f"{dataset} has {len(train_data)} tokens, too few for a block_size of {block_size}; change either")
 if tokenizer not in (None, meta["tokenizer"]) or fixed.get("vocab_size", meta["vocab_size"]) != meta["vocab_size"]:
-    raise UserError(f"{source} and {dataset} have different tokenizers; name another dataset, or start from scratch")
+    raise UserError(f"{source} and {dataset} have different tokenizers; see --tokenizer of prepare.py, or start anew")
 
 # Each process gets some micro-steps of an optimizer step or, if they do not divide evenly, some sequences of each.
 sequences, world_size = batch_size * gradient_accumulation_steps, distributed.world_size

@@ -101,6 +101,21 @@ def test_a_runs_weights_with_fewer_positions_and_dropout(trained):
     assert "block_size 64 needs more" in error
 
 
+def test_a_text_with_the_characters_of_another_dataset(trained):
+    """It is what a character model can be finetuned on."""
+    (trained.folder / "few.txt").write_text(TEXT[:40] * 50, encoding="utf-8")
+    trained.run("prepare.py", "--dataset=few", "--input=few.txt", "--tokenizer=tiny")
+    tiny, few = (json.loads((trained.folder / "data" / name / "meta.json").read_text()) for name in ("tiny", "few"))
+    assert few["tokenizer"] == tiny["tokenizer"] and few["sha256"] != tiny["sha256"]
+    trained.run("train.py", "--init_from=out", "--dataset=few", "--max_iters=1", "--eval_tokens=320",
+                "--out_dir=tuned-few")
+    (trained.folder / "more.txt").write_text(TEXT[:40] + "é€", encoding="utf-8")
+    error = trained.fails("prepare.py", "--dataset=more", "--input=more.txt", "--tokenizer=tiny")
+    assert "the text has 2 characters that tiny does not have: 'é€'; replace them" in error
+    assert not (trained.folder / "data" / "more").exists()
+    assert "or the name of another dataset" in trained.fails("prepare.py", "--dataset=more", "--tokenizer=none")
+
+
 def test_another_text_with_as_many_characters_is_refused(trained):
     other = TEXT.translate({ord(c): ord(c) + 256 for c in set(TEXT)})
     (trained.folder / "greek.txt").write_text(other, encoding="utf-8")
