@@ -21,7 +21,8 @@ dataset = "shakespeare_char"   # the name of the folder in data/
 input: str | None = None       # a file, folder or glob; -: standard input; None: its input.txt, or a built-in text
 val_input: str | None = None   # a file, folder or glob for the validation split; None: the end of `input`
 text_key = "text"              # the key or column of a .json, .jsonl or .parquet file that holds the text
-tokenizer: str | None = None   # char, gpt2, or that of another dataset, by name; None: char, but gpt2 for two datasets
+tokenizer: str | None = None   # char, gpt2, or the name of another dataset, to take its tokenizer
+                               # None: gpt2 for shakespeare and openwebtext, else char
 val_fraction = 0.1             # the share of the tokens, at the end, that is held back for validation
 # Settings are read before the heavy imports: --help and a typo answer at once, and Ctrl-C is quiet.
 exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
