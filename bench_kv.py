@@ -348,6 +348,6 @@ numbers, records, good = torch.ones(100_000_000, device=device), [], True
 for name, gpt in gpts.items():
     found, passed = bench(name, gpt.to(device).eval())
     records, good = records + found, good and passed
-if json:
-    write_atomically(json, json_format.dumps(records, indent=1).encode())
+    if json:  # after each model, so that a later one that fails costs nothing
+        write_atomically(json, json_format.dumps(records, indent=1).encode())
 sys.exit(0 if good else 1)
