@@ -43,6 +43,7 @@ if not is_dataset_name(dataset):
     raise UserError("dataset is the name of a folder in data/, in letters, digits, '_', '-' and '.', but not compiled "
                     f"or tiktoken, got {dataset!r}; name the text itself with --input")
 
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -473,6 +474,10 @@ def main():
         write_atomically(PARTIAL / "meta.json", json.dumps(meta, indent=1).encode())
     else:
         meta = prepare_text()
+    with contextlib.suppress(OSError, UserError):  # there is none, or it is damaged
+        before = read_json(FOLDER / "meta.json", META)
+        if (before.get("source"), before["tokenizer"]) != (meta["source"], meta["tokenizer"]):
+            print(f"replacing {FOLDER}, which was made from {before.get('source')}", flush=True)
     finish_publishing(FOLDER)
     print(f"{FOLDER}: {meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} to validate, "
           f"a vocabulary of {meta['vocab_size']:,}, from {meta['source']}", flush=True)

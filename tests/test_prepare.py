@@ -128,8 +128,11 @@ def test_a_text_of_ones_own_needs_a_name(project):
     (project.folder / "a.txt").write_text("text a\n" * 9)
     assert "--input needs a name for the dataset, as in --dataset=mine" in project.fails("prepare.py", "--input=a.txt")
     assert not (project.folder / "data" / "shakespeare_char").exists()
-    project.run("prepare.py", "--input=a.txt", "--dataset=shakespeare_char")
-    assert read(project, "shakespeare_char")[0]["source"] == "a.txt"
+    for text, words in (("a.txt", ""), ("a.txt", ""), ("b.txt", "shakespeare_char, which was made from a.txt\n")):
+        (project.folder / text).write_text("some text\n" * 9)
+        printed = project.run("prepare.py", f"--input={text}", "--dataset=shakespeare_char")
+        assert ("replacing" in printed) == bool(words) and words in printed
+        assert read(project, "shakespeare_char")[0]["source"] == text
 
 
 @pytest.mark.parametrize("name", ["compiled", "Tiktoken"])
