@@ -11,14 +11,15 @@ import os
 
 init_from = "resume"               # resume: the run in out_dir; else gpt2, ..., gpt2-xl, a Hugging Face name, a folder
 out_dir = "out"                    # the run to take the model from
-start: str | None = None           # the prompt, in which \n is a newline, or FILE:path; None: \n; "": <|endoftext|>
+start: str | None = None           # the prompt, in which \n is a newline, or FILE:path; None: a newline
+                                   # "": none, so that a new text begins (only with GPT-2's tokens)
 num_samples = 1                    # texts to write
 max_new_tokens = 500               # tokens in each, at most
 temperature = 0.8                  # below 1 plays safe, above 1 dares more, 0 always takes the most likely token
 top_k: int | None = None           # draw from the k most likely tokens only
 top_p: float | None = None         # draw from the smallest set of tokens that holds this much probability
 repetition_penalty = 1.0           # above 1 makes tokens that have occurred less likely
-stop: str | None = None            # a text that ends a sample; it is not shown
+stop: str | None = None            # a text, in which \n is a newline, that ends a sample; it is not shown
 interactive = False                # read prompts from the keyboard; Ctrl-C stops a text, Ctrl-D ends the program
 seed = 1337                        # the same seed gives the same text
 device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
