@@ -734,8 +734,8 @@ def load_pretrained(name_or_folder, block_size=None, dropout=0.0):
     except UserError:
         raise
     except OSError as e:
-        raise UserError(f"{name_or_folder} holds neither a checkpoint (best.pt, latest.pt) nor a readable config.json, "
-                        f"as a model in Hugging Face's format does ({e.strerror})") from None
+        raise UserError(f"{name_or_folder} has no checkpoint (best.pt, latest.pt), and no readable config.json as a "
+                        f"Hugging Face folder has ({e.strerror})") from None
     except (TypeError, ValueError) as e:
         raise UserError(f"the config.json of {name_or_folder} does not fit a GPT-2 ({first_line(e)})") from None
     tensors = read_tensors(folder, name_or_folder)

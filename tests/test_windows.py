@@ -116,7 +116,7 @@ def test_attention_by_hand(windows):
 @pytest.mark.parametrize("script, argument, words", [
     ("train.py", "--out_dir=a?", "a?"), ("train.py", "--dataset=none", "no text for the dataset 'none'"),
     ("train.py", "none.py", "none.py not found"), ("prepare.py", "--dataset=a:b", "got 'a:b'"),
-    ("prepare.py", "--input=none.txt", "no such file"), ("sample.py", "--out_dir=none", "train one first"),
+    ("prepare.py", "--dataset=a --input=none.txt", "no such file"), ("sample.py", "--out_dir=none", "train one first"),
     ("sample.py", "--start=FILE:none.txt", "none.txt"), ("plot.py", "--what=loss --file=a*.png", "a*.png"),
     ("checkpoint.py", "--export=a|b", "a|b"), ("train.py", "--läyers=3", "unknown setting 'läyers'"),
     ("bench_kv.py", "--out_dir=none", "train one first"), ("bench_train.py", "--steps=0", "at least 1")])
