@@ -10,7 +10,7 @@ Writes out/latest.pt (to resume), out/best.pt (the lowest validation loss, to sa
 """
 import os
 
-# the run (where a default is None without a further word, defaults.py chooses what fits the text)
+# the run (a default of None is chosen by defaults.py to fit the text, unless said otherwise)
 out_dir = "out"                    # where checkpoints and the log go; an earlier run there is renamed to out.1, ...
 init_from = "scratch"              # scratch, resume, or weights: gpt2, ..., gpt2-xl, the folder of a run or of a GPT-2
 seed = 1337                        # every random choice of the run follows from it
