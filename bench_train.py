@@ -68,12 +68,11 @@ def count_forward(module, *_):
     forward_seconds = clock() - forward_seconds
 
 
-train.model.register_forward_pre_hook(count_forward)
-train.model.register_forward_hook(count_forward)
+hooks = train.model.register_forward_pre_hook(count_forward), train.model.register_forward_hook(count_forward)
 
 
 def timed_step(i):
-    """train.py's step i -> the seconds of its parts. Clipping belongs to the optimizer's."""
+    """train.py's step i -> the seconds of its parts. Clipping is a part of the optimizer's."""
     global forward_seconds
     forward_seconds = 0.0
     times = [clock()]
@@ -85,6 +84,18 @@ def timed_step(i):
     times.append(clock())
     data, both, optimizer = (b - a for a, b in zip(times, times[1:], strict=False))
     return {"data": data, "forward": forward_seconds, "backward": both - forward_seconds, "optimizer": optimizer}
+
+
+def seconds_in_a_row(n):
+    """Seconds of a step, among n in a row. As in training, a GPU works on one part while Python starts the next."""
+    for hook in hooks:
+        hook.remove()
+    for i in range(3 + n):
+        if i == 3:
+            start = clock()
+        train.forward_backward(*train.get_batch(train.iter_num + i))
+        train.update_weights()
+    return (clock() - start) / n
 
 
 # --- memory ---
@@ -158,7 +169,9 @@ for i in range(3):
 memory, formula = measured_memory(), memory_by_formula()
 measured = [timed_step(i) for i in range(3, 3 + steps)]
 parts = sorted(measured, key=lambda m: sum(m.values()))[len(measured) // 2]  # of the median step
-step_seconds = sum(parts.values())
+step_seconds, how = sum(parts.values()), f"median of {steps}"
+if train.device.type != "cpu":
+    step_seconds, how = seconds_in_a_row(steps), f"mean of {steps} in a row, without the waits after each part"
 peak_bytes = peak_memory(train.device)  # before matmul_flops, whose matrices are no part of training
 peaks = {dtype: matmul_flops(train.device, dtype) for dtype in dict.fromkeys(("float32", train.dtype))}
 tokens = train.sequences * train.block_size // world_size
@@ -167,9 +180,9 @@ flops = tokens * train.raw_model.flops_per_token(train.block_size) / step_second
 print_once(f"{' '.join(arguments) or 'the default settings of train.py'}: {train.raw_model.num_parameters():,} "
            f"parameters on {train.device} in {train.dtype}{', compiled' if train.compile else ''}, "
            f"{tokens:,} tokens a step")
-print_once(f"a step: {step_seconds * 1e3:.1f} ms (median of {steps}), {tokens / step_seconds:,.0f} tokens/s")
+print_once(f"a step: {step_seconds * 1e3:.1f} ms ({how}), {tokens / step_seconds:,.0f} tokens/s")
 for part, seconds in parts.items():
-    print_once(f"  {part:<10} {seconds * 1e3:8.2f} ms  {seconds / step_seconds:4.0%}")
+    print_once(f"  {part:<10} {seconds * 1e3:8.2f} ms  {seconds / sum(parts.values()):4.0%}")
 print_once(f"evaluation: {evaluation:,.0f} tokens/s")
 print_once(f"arithmetic: {flops / 1e9:,.0f} GFLOP/s; this machine's matrix multiplications: " + ", ".join(
     f"{peak / 1e9:,.0f} in {dtype} (the step reaches {flops / peak:.0%})" for dtype, peak in peaks.items()))

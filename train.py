@@ -97,7 +97,7 @@ from checkpoint import load_to_resume, probe, progress, set_state
 from defaults import choose_settings
 from device import can_compile, check_training_memory, choose_device, choose_dtype, peak_flops, peak_memory, to_device
 from distributed import all_reduce, print_once
-from fast import for_training
+from fast import compiled, for_training
 from model import GPT, GPTConfig
 from optimizer import make_optimizers, schedule
 
@@ -189,7 +189,7 @@ optimizers = make_optimizers(raw_model, optimizer, learning_rate, muon_learning_
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # or small float16 gradients would be 0
 autocast = torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
 compile = can_compile(device, compile)
-model = torch.compile(raw_model) if compile else raw_model  # for training steps; both have the same weights
+model = compiled(raw_model, sequences * block_size, micro_steps) if compile else raw_model  # both have the same weights
 if distributed.is_distributed and strategy == "ddp":
     model = distributed.replicate(model, device)
 iter_num, best_val_loss, bad_evals, seconds, extra, eval_seconds = 0, None, 0, 0.0, 0, 0.0  # resuming sets the first 5

@@ -286,6 +286,16 @@ def test_the_padded_head():
         assert type(other.lm_head) is nn.Linear
 
 
+@pytest.mark.parametrize("tokens, micro_steps, processes, graphs", [(100, 1, 1, True), (100, 2, 1, False),
+                                                                    (10 ** 9, 1, 1, False), (100, 1, 2, False)])
+def test_which_training_steps_are_cuda_graphs(tokens, micro_steps, processes, graphs, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda model, mode: modes.append(mode))
+    monkeypatch.setattr(fast, "is_distributed", processes > 1)
+    fast.compiled(random_model(0), tokens, micro_steps)
+    assert modes == ["reduce-overhead" if graphs else "default"]
+
+
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 def test_autocast_is_obeyed_without_gradients(autocast):
     plain, x = nn.Linear(24, 50), torch.randn(2, 7, 24)

@@ -80,6 +80,36 @@ def test_losses_are_those_of_the_cpu(machine, on_cpu, optimizer, dtype, compile,
     assert np.abs(found - expected).max() < most
 
 
+@pytest.mark.parametrize("micro_steps, graphs", [(1, 2), (2, 0)])
+def test_the_passes_of_a_step_are_cuda_graphs(machine, micro_steps, graphs):
+    """One for the forward and one for the backward pass, as the profiler says, and none with gradient accumulation."""
+    arguments = [*HOW, f"--gradient_accumulation_steps={micro_steps}", "--out_dir=graphs"]
+    printed = python(machine, f"""
+import sys
+sys.argv = ["train.py", *{arguments!r}]
+import torch
+import train
+def step(i):
+    train.forward_backward(*train.get_batch(i))
+    train.update_weights()
+for i in range(5):
+    step(i)
+with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    for i in range(10):
+        step(i)
+    torch.cuda.synchronize()
+print("graphs:", sum(event.count for event in profiler.key_averages() if event.key == "cudaGraphLaunch"))
+""")
+    assert f"graphs: {10 * graphs}\n" in printed
+
+
+def test_micro_steps_add_up(machine, on_cpu):
+    """The losses of steps in two parts are those of whole steps on the CPU."""
+    on_gpu(machine, "train.py", *HOW, "--batch_size=4", "--gradient_accumulation_steps=2", "--optimizer=muon",
+           "--dtype=float32", "--out_dir=two")
+    assert np.abs(losses(machine, "two") - on_cpu["muon"]).max() < 2e-3
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_torchrun(machine, on_cpu, strategy):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
