@@ -52,7 +52,8 @@ def test_bench_kv_of_a_trained_model(tiny, trained):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--model=gpt5"], "'gpt5'"), (["--dtype=int4"], "'int4'"), (["--prompt=0"], "at least 1"),
-    (["--batch=0"], "at least 1"), (["--new_tokens=1"], "new_tokens"), (["--repeats=0"], "repeats")])
+    (["--batch=0"], "at least 1"), (["--new_tokens=1"], "new_tokens"), (["--repeats=0"], "repeats"),
+    (["--model=char", "--out_dir=out"], "give one of them"), (["--json=config"], "config cannot be written")])
 def test_errors_before_anything_is_imported(project, arguments, words):
     for name in ("torch", "numpy"):
         (project.folder / f"{name}.py").write_text("raise SystemExit('imported')")
