@@ -10,7 +10,7 @@ batches and optimizers are timed, and its run in out/ stays untouched. For its s
 import os
 import sys
 
-steps = 30                # steps to time, after 3 to warm up; the median is shown
+steps = 30                # steps to time, after 3 to warm up; shows the median, on a GPU the mean
 profile = False           # also print the time of each of PyTorch's operators, the largest first
 json: str | None = None   # a file for the figures
 

@@ -26,8 +26,8 @@ Both change the model in place and return it: a layer's class becomes a subclass
     python fast.py   # measures the gains on this machine's CPU, but not that of memory
 
 The gains above are from two cores of an AMD EPYC (Zen 3), each the median of one to six runs, with three exceptions.
-Those of bfloat16 and of memory are from a Zen 4. Those of a training step on CUDA are from an NVIDIA H200, and
-docs/scaling.md has the commands: PaddedLinear gains 1.5x if the step is not compiled, otherwise almost nothing.
+Those of bfloat16 and of memory are from a Zen 4. Those of a training step on CUDA are from an NVIDIA H200:
+docs/scaling.md and docs/training.md have the commands. PaddedLinear gains almost nothing if the step is compiled.
 oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gains of PackedLinear, SplitLinear and
 Int8KernelLinear are those of a single row. The compiled step (in float32) and Int8Linear (compiled) are compared with
 what is not compiled, in float32. Int8KernelLinear is compared with Int8Linear (not compiled). The gain of kept memory

@@ -24,7 +24,7 @@ interactive = False                # read prompts from the keyboard; Ctrl-C stop
 seed = 1337                        # the same seed gives the same text
 device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
 dtype: str | None = None           # of the weights: float32, bfloat16, float16, int8; None: 16 bits on CUDA, else 32
-compile = False                    # compile the step for one token: minutes, on a CPU only once for each num_samples
+compile = False                    # compile the step for one token: up to minutes, on a CPU once for each num_samples
 # Settings are read before the heavy imports, so that --help and a typo answer at once.
 exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
 

@@ -54,7 +54,7 @@ checkpoint_interval = 250          # steps between checkpoints; one after the la
 # machine
 device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
 dtype: str | None = None           # matrix multiplications in float32, bfloat16, float16; None: bfloat16 where fast
-compile: bool | None = None        # torch.compile the model; None: on CUDA, if its compiler, triton, is there
+compile: bool | None = None        # torch.compile the model; None: on CUDA, if triton and a C compiler are there
 strategy = "ddp"                   # several processes: ddp copies the model to each, fsdp splits it among them
 # Settings are read before the heavy imports, so that --help and a typo answer at once. From here on, `config` holds all
 # settings, and `overrides` those that the command line and its config files name. They have replaced the values above.
