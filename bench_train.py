@@ -123,7 +123,8 @@ def measured_memory():
     activations = sum(storage.nbytes() for storage in kept.values())  # what FSDP has freed since is empty now
     loss.backward()
     states = [state for o, _ in train.optimizers for state in o.state.values()]
-    memory = {"parameters": local_bytes(parameters), "gradients": local_bytes(p.grad for p in parameters),
+    gradients = (p.grad for p in parameters if p.grad is not None)
+    memory = {"parameters": local_bytes(parameters), "gradients": local_bytes(gradients),
               "optimizer": local_bytes(t for state in states for t in state.values()
                                        if isinstance(t, torch.Tensor) and t.dim()),
               "activations": activations}

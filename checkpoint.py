@@ -107,7 +107,7 @@ FIELDS = {"model": ((dict, OrderedDict), None), "model_config": (dict, plain), "
           "scaler": (dict, numbers(scale=float, growth_factor=float, backoff_factor=float, growth_interval=int,
                                    _growth_tracker=int)),
           "iter_num": (int, at_least(0)), "bad_evals": (int, at_least(0)), "tokens": (int, at_least(0)),
-          "best_val_loss": (float, at_least(0)), "wandb_id": (str, None),
+          "best_val_loss": (float, at_least(0)), "wandb_id": (str, None), "job": (str, None),
           "seconds": (float, lambda s: None if 0 <= s <= 1e9 else "from 0 to 1e9")}  # 32 years
 TO_SAMPLE = "model", "model_config", "tokenizer"
 TO_RESUME = *TO_SAMPLE, "config", "optimizer", "iter_num", "bad_evals", "seconds", "scaler"
@@ -444,6 +444,12 @@ def check_probe(model, checkpoint, path):
                         f"{difference:.2g}); restore model.py, or go on with GPT_CHANGED_MODEL=1 in the environment")
 
 
+def restarted(path):
+    """Whether torchrun has restarted the processes of the job that wrote this checkpoint, since one of them died."""
+    return (os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+            and load_to_resume(path).get("job") == os.environ.get("TORCHELASTIC_RUN_ID"))
+
+
 def progress(checkpoint, tokens_per_step):
     """Where a run that resumes goes on: (iter_num, best_val_loss, bad_evals, seconds, extra). extra is the number of
     tokens that it has read beyond iter_num steps of tokens_per_step. It is 0 unless batch_size has changed."""
@@ -681,16 +687,19 @@ class Log:
     def save(self, path, checkpoint):
         """Writes a checkpoint of the run: see save_checkpoint."""
         self.check_folder()
-        save_checkpoint(path, checkpoint)
+        save_checkpoint(path, checkpoint | {"job": os.environ.get("TORCHELASTIC_RUN_ID")})
 
     def write(self, **row):
         """Appends a row to log.csv; columns that are not given stay empty."""
         if not is_main_process():
             return
         self.check_folder()
-        with open(self.path, "a", newline="", encoding="utf-8") as f:
-            csv.DictWriter(f, LOG_COLUMNS).writerow(
-                {k: f"{v:.12g}" for k, v in row.items() if math.isfinite(v)})  # a norm that overflowed stays empty
+        try:
+            with open(self.path, "a", newline="", encoding="utf-8") as f:
+                csv.DictWriter(f, LOG_COLUMNS).writerow(
+                    {k: f"{v:.12g}" for k, v in row.items() if math.isfinite(v)})  # a norm that overflowed stays empty
+        except OSError as e:
+            raise UserError(f"{self.path} cannot be written: {first_line(e)}") from e
         if self.board:
             for name, value in row.items():
                 self.board.add_scalar(name, value, row["iter"])

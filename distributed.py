@@ -10,6 +10,7 @@ import datetime
 import os
 import signal
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -130,7 +131,7 @@ def run_on_main_process(function, *args):
 
 # --- stopping: on SIGINT or SIGTERM all processes end after the same step ---
 
-_signal = 0
+_signal, _signal_time = 0, 0.0
 
 
 def catch_stop_signals():
@@ -142,13 +143,19 @@ def catch_stop_signals():
 
 
 def _on_stop(number, frame):
-    """Notes the signal. The same signal once more ends the program at once."""
-    global _signal
-    if is_main_process():
-        with contextlib.suppress(OSError):  # standard error may be closed
-            os.write(2, b"finishing the step and saving; once more to quit at once, without saving\n")
-    _signal = number
-    signal.signal(number, signal.SIG_DFL)
+    """Notes the signal. The same signal once more ends the program at once. With torchrun, it must be a second later:
+    torchrun passes a signal on to processes that may have got it already."""
+    global _signal, _signal_time
+    if number != _signal:
+        if is_main_process():
+            with contextlib.suppress(OSError):  # standard error may be closed
+                os.write(2, b"finishing the step and saving; once more to quit at once, without saving\n")
+        _signal, _signal_time = number, time.monotonic()
+        if not is_distributed:
+            signal.signal(number, signal.SIG_DFL)
+    elif time.monotonic() > _signal_time + 1:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def stop_signal():
@@ -159,11 +166,22 @@ def stop_signal():
 # --- one model in several processes ---
 
 def shard(model, device):
-    """FSDP: cuts every tensor by rows, one part for each process. A block is put together while it computes."""
+    """FSDP: cuts every tensor by rows, one part for each process. A block is put together while it computes. UserError
+    if a parameter has no rows."""
     from torch.distributed.fsdp import fully_shard
+    for name, p in model.named_parameters():
+        if p.dim() == 0:
+            raise UserError(f"fsdp cannot split the parameter {name}, a single number; make it a vector of one number, "
+                            "or leave --strategy=fsdp out")
     mesh = dist.init_device_mesh(device.type, (world_size,))
-    for part in (*dict.fromkeys(model.h), model):  # a changed model.py may use a block twice
+    # A changed model.py may use a block twice. Or blocks may share a layer; then they are not put together one by one.
+    blocks = list(dict.fromkeys(model.h))
+    parts = [set(block.parameters()) for block in blocks]
+    for part in (*(blocks if sum(map(len, parts)) == len(set().union(*parts)) else ()), model):
         fully_shard(part, mesh=mesh)
+    if hasattr(model, "set_reduce_scatter_unused_params"):  # since PyTorch 2.13
+        # A process may not need a parameter in some step, such as an expert. Its gradient counts as zero.
+        model.set_reduce_scatter_unused_params(True)
 
 
 def gathered(t):
@@ -193,6 +211,16 @@ def replicate(model, device):
         for buffer, before in buffers:
             buffer.copy_(before)
     return replica
+
+
+def share_buffers(model):
+    """Gives every process the buffers that the main process has, since a model may change them while it trains. Those
+    that are not saved are left out."""
+    if is_distributed:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    dist.broadcast(torch.view_as_real(buffer) if buffer.is_complex() else buffer, 0)
 
 
 def sync_gradients(model, on):

@@ -93,7 +93,7 @@ import torch
 
 import distributed
 from checkpoint import Log, check_probe, format_seconds, get_state, has_same_text, instead_of_resuming, load_pretrained
-from checkpoint import load_to_resume, probe, progress, set_state
+from checkpoint import load_to_resume, probe, progress, restarted, set_state
 from defaults import choose_settings
 from device import can_compile, check_training_memory, choose_device, choose_dtype, peak_flops, peak_memory, to_device
 from distributed import all_reduce, print_once
@@ -106,7 +106,7 @@ from optimizer import make_optimizers, schedule
 out = Path(out_dir)
 checkpoint = pretrained = tokenizer = None
 fixed, source = {}, None  # settings that a loaded model decides, and where it came from
-if init_from == "resume" and (out / "latest.pt").exists():
+if (out / "latest.pt").exists() and (init_from == "resume" or restarted(out / "latest.pt")):
     source = out / "latest.pt"
     checkpoint = load_to_resume(source)
     not_kept = {"out_dir", "prepare", "strategy", *overrides, *["device"] * distributed.is_distributed} - {"init_from"}
@@ -200,7 +200,7 @@ if checkpoint:
     del checkpoint["model"], checkpoint["optimizer"]  # they are in place, and take memory
     scaler.load_state_dict(scaler.state_dict() | checkpoint["scaler"])  # {} if the run was not in float16 so far
     iter_num, best_val_loss, bad_evals, seconds, extra = progress(checkpoint, sequences * block_size)
-    if not has_same_text(checkpoint, text, source, may_differ="dataset" in overrides):
+    if not has_same_text(checkpoint, text, source, "dataset" in overrides) or not (out / "best.pt").exists():
         best_val_loss, bad_evals = None, 0
 
 
@@ -283,7 +283,7 @@ def update_weights():
         if not overflow:
             o.step()
         o.zero_grad(set_to_none=True)
-    scaler.update(scaler.get_scale() / 2 if overflow else None)
+    scaler.update(max(scaler.get_scale() / 2, 2 ** -20) if overflow else None)
     return grad_norm
 
 
@@ -335,6 +335,7 @@ if __name__ == "__main__":
         torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, distributed.rank)).generate_state(1)[0]))
         loss = forward_backward(*batch)
         grad_norm = update_weights()
+        distributed.share_buffers(raw_model)
         iter_num += 1
         batch = get_batch(iter_num)  # copied while the device still computes this step
         last = iter_num == max_iters
@@ -351,6 +352,9 @@ if __name__ == "__main__":
             print_once(f"step {iter_num}/{max_iters}  loss {mean_loss:.4f}  lr {learning_rate * share:.2e}  grad norm "
                        f"{grad_norm.item():.3f}  {speed:,.0f} tokens/s{of_peak}  {format_seconds(left)} left")
             check_finite(mean_loss)
+            if scaler.is_enabled() and scaler.get_scale() < 1e-3:  # it starts at 65536
+                raise UserError(f"the gradients at step {iter_num} are not finite in float16, however they are scaled; "
+                                "look for a division by zero or the root of 0, or try --dtype=bfloat16")
             logged_at, logged_seconds = iter_num, seconds
             row = dict(iter=iter_num, tokens=extra + iter_num * tokens_per_step, seconds=seconds, loss=mean_loss,
                        lr=learning_rate * share, grad_norm=grad_norm.item(), tokens_per_second=speed)

@@ -178,6 +178,8 @@ def slope_errors(model):
     model.zero_grad()
     model(x, y)[1].backward()
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         slope = p.grad.norm().item() if p.grad is not None else 0.0
         step = 1e-5 * p.grad / slope if slope else torch.zeros_like(p)
         with torch.no_grad():

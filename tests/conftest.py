@@ -107,6 +107,18 @@ def trained(tmp_path_factory):
     return project
 
 
+def with_model(folder, trained, *changes):
+    """A project in this folder with the dataset `tiny`, and with changes in model.py: (old text, new text)."""
+    project = Project(folder)
+    shutil.copytree(trained.folder / "data", project.folder / "data")
+    source = (project.folder / "model.py").read_text(encoding="utf-8")
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    (project.folder / "model.py").write_text(source, encoding="utf-8")
+    return project
+
+
 TINY = ["--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=8",
         "--optimizer=muon", "--learning_rate=1e-3", "--muon_learning_rate=0.02", "--lr_decay=cosine",
         "--final_lr_fraction=0.1", "--dropout=0.1",

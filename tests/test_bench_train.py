@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from conftest import TINY
+from conftest import TINY, with_model
 
 
 @pytest.mark.parametrize("settings", [
@@ -31,3 +31,11 @@ def test_errors(trained):
 def test_a_run_that_goes_on_with_larger_steps(trained):
     printed = trained.run("bench_train.py", "--init_from=resume", "--batch_size=32", "--steps=1")
     assert "a step: " in printed
+
+
+def test_parameters_without_a_gradient(trained, tmp_path):
+    line = "        self.apply(self._init_weights)\n"
+    project = with_model(tmp_path, trained, (line, f"{line}        self.wpe.weight.requires_grad_(False)\n"))
+    assert "a step: " in project.run("bench_train.py", *TINY, "--steps=1")
+    printed = project.run("verify_gradients.py", "--depths=2,4", "--steps=1")
+    assert "\nlm_head" not in printed and "\nwpe.weight" not in printed and "FAIL" not in printed

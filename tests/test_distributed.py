@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+import distributed
 from checkpoint import load_checkpoint
+from conftest import with_model
 from test_train import rows, same_run, step_of_log
 
 SETTINGS = ["--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
@@ -175,6 +177,98 @@ def test_stopped_and_killed_processes_end_as_if_never_interrupted(trained):
     printed = finish(process)  # torchrun starts both anew, and they go on from latest.pt
     assert printed.count("resuming broken after step") == 2
     assert difference(trained.folder / "whole", out) < 1e-4
+
+
+def test_a_finetuning_run_that_torchrun_restarts_goes_on(trained):
+    """It does not start again from the weights that it was changing."""
+    trained.run("train.py", *SETTINGS, "--max_iters=4", "--out_dir=tuned")
+    out = trained.folder / "tuned"
+    before = (out / "latest.pt").stat().st_mtime_ns
+    process = torchrun(trained, "--max-restarts=1", "--max_iters=60", "--eval_interval=30", "--checkpoint_interval=3",
+                       "--init_from=tuned", "--out_dir=tuned")
+    while (out / "latest.pt").exists() and (out / "latest.pt").stat().st_mtime_ns == before:
+        time.sleep(0.02)
+    wait_for_step(out, 9, process)
+    workers = subprocess.check_output(["ps", "--no-headers", "-o", "pid", "--ppid", str(process.pid)], text=True)
+    os.kill(int(workers.split()[-1]), signal.SIGKILL)
+    printed = finish(process)
+    assert "resuming tuned after step" in printed
+    assert (trained.folder / "tuned.1").exists() and not (trained.folder / "tuned.2").exists()
+
+
+def test_a_signal_that_torchrun_passes_on_once_more(monkeypatch):
+    """A second one ends the program, unless it comes at once and there are several processes."""
+    killed, handlers = [], []
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(number))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.append(handler))
+    monkeypatch.setattr(distributed, "_signal", 0)
+    monkeypatch.setattr(distributed, "is_distributed", True)
+    for now, expected in ((100.0, []), (100.5, []), (101.5, [signal.SIGTERM])):
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+        distributed._on_stop(signal.SIGTERM, None)
+        assert killed == expected and handlers == [signal.SIG_DFL] * len(expected)
+    assert distributed._signal == signal.SIGTERM
+    monkeypatch.setattr(distributed, "_signal", 0)
+    monkeypatch.setattr(distributed, "is_distributed", False)
+    distributed._on_stop(signal.SIGINT, None)
+    assert handlers == [signal.SIG_DFL] * 2
+
+
+MLP_LINE = "        self.mlp = MLP(config)\n"
+BLOCKS_LINE = "        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))\n"
+ADD_MLP = "        x = x + self.mlp(self.ln_2(x))\n"
+EXPERTS = """        here, both = self.ln_2(x), (self.mlp, self.other)
+        use = (here[:, 0, 0] > 0).long()
+        parts = [both[i](here[use == i]) if (use == i).any() else here[:0] for i in (0, 1)]
+        x = x + torch.cat(parts)[torch.cat([(use == i).nonzero()[:, 0] for i in (0, 1)]).argsort()]
+"""
+RUNNING_MEAN = """        if self.training:
+            self.mean.lerp_(x.detach().mean((0, 1)), 0.1)
+        x = self.gelu(self.c_fc(x - self.mean))           # (B, T, 4C)
+"""
+
+
+def test_fsdp_of_a_layer_that_blocks_share(trained, tmp_path):
+    share = f"{BLOCKS_LINE}        for b in self.h: b.mlp = self.h[0].mlp\n"
+    project = with_model(tmp_path, trained, (BLOCKS_LINE, share))
+    project.run("train.py", *SETTINGS, "--max_iters=5", "--out_dir=one")
+    two_processes(project, "--max_iters=5", "--strategy=fsdp", "--out_dir=two")
+    assert difference(tmp_path / "one", tmp_path / "two") < 1e-4
+
+
+def test_fsdp_of_experts_that_not_every_process_needs(trained, tmp_path):
+    """The gradients are those of one process. (The weights hardly change, so that the gradients can be compared.)"""
+    two = f"{MLP_LINE}        self.other = MLP(config)\n"
+    project = with_model(tmp_path, trained, (MLP_LINE, two), (ADD_MLP, EXPERTS))
+    how = ["--batch_size=2", "--gradient_accumulation_steps=1", "--optimizer=adamw", "--max_iters=8",
+           "--learning_rate=1e-9"]
+    project.run("train.py", *SETTINGS, *how, "--out_dir=one")
+    two_processes(project, *how, "--strategy=fsdp", "--out_dir=two")
+    one, two = (np.array(rows(tmp_path / name, ["grad_norm"]), dtype=float) for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, rtol=1e-4)
+
+
+def test_fsdp_names_a_parameter_that_it_cannot_split(trained, tmp_path):
+    number = f"{MLP_LINE}        self.alpha = nn.Parameter(torch.tensor(1.0))\n"
+    project = with_model(tmp_path, trained, (MLP_LINE, number))
+    printed = finish(torchrun(project, "--max_iters=1", "--strategy=fsdp"), code=1)
+    assert "error: fsdp cannot split the parameter h.0.alpha" in printed
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_buffers_that_a_model_trains_are_those_of_the_first_process(trained, tmp_path, strategy):
+    """So resuming is exact, and the validation loss is that of the model which is saved."""
+    project = with_model(tmp_path, trained, ("        self.gelu = nn.GELU", '        self.register_buffer("mean", '
+                                             "torch.zeros(config.n_embd))\n        self.gelu = nn.GELU"),
+                         ("        x = self.gelu(self.c_fc(x))           # (B, T, 4C)\n", RUNNING_MEAN))
+    how = [f"--strategy={strategy}", "--lr_decay_iters=8"]
+    two_processes(project, *how, "--max_iters=8", "--out_dir=whole")
+    two_processes(project, *how, "--max_iters=3", "--out_dir=halves")
+    two_processes(project, *how, "--init_from=resume", "--max_iters=8", "--out_dir=halves")
+    assert same_run(tmp_path / "whole", tmp_path / "halves")
+    best = load_checkpoint(tmp_path / "whole" / "latest.pt")["best_val_loss"]
+    printed = project.run("train.py", "--init_from=whole", "--dataset=tiny", "--eval_only", "--dtype=float32")
+    assert f"validation loss {best:.4f}" in printed
 
 
 def test_an_error_of_the_first_process_ends_all(trained):

@@ -37,7 +37,7 @@ from checkpoint import (
     probe,
     save_checkpoint,
 )
-from conftest import ROOT, TEXT, TINY, Project
+from conftest import ROOT, TEXT, TINY, Project, with_model
 from device import check_generation_memory, check_training_memory
 from files import LOG_COLUMNS, UserError, finish_publishing, open_dataset, read_log
 from model import GPT, Block, GPTConfig
@@ -297,6 +297,34 @@ def test_a_damaged_log_is_repaired(trained, tmp_path, damage):
         found = list(csv.DictReader(f))
     assert found[-1]["iter"] == "65" and all(row in whole for row in found[:-1])
     assert read_log(folder / "log.csv") == (found, 0)
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    log = Log(tmp_path / "out", None, {"tensorboard": False, "wandb": False})
+    (tmp_path / "out" / "log.csv").unlink()
+    (tmp_path / "out" / "log.csv").mkdir()
+    with pytest.raises(UserError, match="log.csv cannot be written: "):
+        log.write(iter=1, tokens=2, seconds=3.5, loss=4.5)
+    log.lock.release()
+
+
+def test_gradients_that_are_never_finite_in_float16(trained, tmp_path):
+    """They would halve the scale without end, and train nothing. The root of 0 has an infinite derivative."""
+    line = "        logits = self.lm_head(self.ln_f(x))"
+    root = f"        x = x + 0.0 * (x - x).sum(-1, keepdim=True).sqrt()\n{line}"
+    project = with_model(tmp_path, trained, (line, root))
+    how = ["--dtype=float16", "--max_iters=300", "--eval_interval=300", "--log_interval=40", "--checkpoint_interval=20"]
+    assert "are not finite in float16" in project.fails("train.py", *TINY, *how)
+    assert load_checkpoint(tmp_path / "out" / "latest.pt")["scaler"]["scale"] > 0
+
+
+def test_without_best_pt_the_next_evaluation_writes_it(trained, tmp_path):
+    """The lowest loss so far belongs to a model that is not there any more."""
+    shutil.copytree(trained.folder / "out", trained.folder / "no-best")
+    (trained.folder / "no-best" / "best.pt").unlink()
+    how = ["--init_from=resume", "--out_dir=no-best", "--max_iters=61", "--muon_learning_rate=0.5"]
+    printed = trained.run("train.py", *how)
+    assert (trained.folder / "no-best" / "best.pt").exists() and "the lowest so far" in printed
 
 
 def test_a_step_whose_gradient_overflowed_keeps_its_row(tmp_path):
