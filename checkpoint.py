@@ -118,7 +118,10 @@ def load_checkpoint(path, needed=()):
     if the file is not such a checkpoint or is damaged, OSError if it cannot be opened."""
     checkpoint = read_archive(path)
     if checkpoint is None:
-        raise UserError(f"{path} is damaged or not a checkpoint; {other_checkpoint(Path(path))}")
+        folder = Path(path).parent
+        raise UserError(f"{path} is damaged or not a checkpoint; " + (
+            f"for a model in Hugging Face's format, name the folder: --init_from={quoted(folder)}"
+            if (folder / "config.json").is_file() else other_checkpoint(Path(path))))
     if isinstance(checkpoint, dict) and "format_version" not in checkpoint and "model_args" in checkpoint:
         try:
             checkpoint = from_nanogpt(checkpoint, Path(path))
@@ -519,7 +522,9 @@ def nanogpt_tokenizer(dataset, vocab_size, path):
         with contextlib.suppress(OSError, UserError):  # a dataset that is damaged is another matter
             found = read_json(meta, {"tokenizer": (dict, None), "source": (str, None)})
             tokenizer = load_tokenizer(found["tokenizer"])
-            imported = found["source"].startswith("nanoGPT's ") or meta.parent.name == dataset
+            # An import has the same name as the dataset, or comes from a folder of that name.
+            source = found["source"].startswith("nanoGPT's ") and Path(found["source"]).name
+            imported = meta.parent.name == dataset or source and dataset in ("", source)
             if imported and tokenizer.vocab_size == vocab_size:
                 print(f"{path} has no tokenizer: taking the one of {meta.parent}", file=sys.stderr, flush=True)
                 return tokenizer.state()

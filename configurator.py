@@ -323,7 +323,7 @@ def _read_arguments(arguments, settings):
         if name not in settings:
             raise _unknown(name, settings, "on the command line")
         if not equals and settings[name][0] is bool:
-            value = words.pop(0) if words and words[0] in ("True", "False") else "True"
+            value = words.pop(0) if words and words[0].lower() in ("true", "false") else "True"
         elif not equals:
             if not words or words[0].startswith("--"):
                 raise UserError(f"--{name} needs a value, as --{name}=value")

@@ -54,7 +54,8 @@ kept = {}  # by model: the ids that its cache holds, and the cache
 def filled_cache(model, ids):
     """A cache that holds these ids. It is kept for the next call, which reads only what comes after the same
     beginning."""
-    before, cache = kept.get(model) or ([], model.new_cache(1))
+    # Taken out until it is right again, in case the model raises an exception.
+    before, cache = kept.pop(model, None) or ([], model.new_cache(1))
     # Up to the first id that differs, the keys and values stay valid.
     cache.length = next((n for n, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b),
                         min(len(ids), len(before)))
@@ -149,8 +150,10 @@ def write(model, tok, ids, max_new_tokens, seed, sampling):
             decoder.push(i)
     while True:
         hook = model.register_forward_hook(remember, with_kwargs=True)
-        step = next(steps, None)
-        hook.remove()
+        try:
+            step = next(steps, None)
+        finally:
+            hook.remove()
         if step is None:
             return
         token = tokens(tok, step.tolist())[0]

@@ -143,7 +143,8 @@ def unescape(text):
 def quoted(name):
     """A name or path as one types it in a shell."""
     import shlex
-    return shlex.quote(str(name))
+    import subprocess
+    return subprocess.list2cmdline([str(name)]) if os.name == "nt" else shlex.quote(str(name))
 
 
 # --- datasets ---
@@ -186,7 +187,7 @@ def prepare_dataset(folder, arguments, give_up):
             words = shlex.split(arguments.replace("\\", "\\\\"))  # Windows' paths have backslashes
         except ValueError as e:
             raise UserError(f"prepare must be arguments for prepare.py, got {arguments!r} ({e})") from None
-        if any(word.startswith(("--dataset", "--help")) for word in words):
+        if any(word == "-h" or word.startswith(("--dataset", "--help")) for word in words):
             raise UserError(f"prepare must not name a dataset, got {arguments!r}; it is {folder.name}")
         command = [sys.executable, Path(__file__).with_name("prepare.py"), f"--dataset={folder.name}", *words]
         ending = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]  # Windows has no SIGHUP

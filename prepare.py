@@ -176,6 +176,8 @@ def expand(name, value):
     files = files_below(path) if path.is_dir() else map(Path, glob.glob(value, recursive=True))
     found = {p.resolve(): p for p in sorted(files, reverse=True) if p.is_file()}  # links may lead to a file twice
     files = sorted(found.values())
+    if value == "-" or path.is_fifo():  # as --input, both are fine
+        raise UserError(f"--{name} takes files; write the text of a pipe or of standard input to one first")
     if not files:
         raise UserError(f"--{name}={value}: no such file or folder, or no file in it")
     for p in files:
@@ -224,13 +226,14 @@ def last_safe_cut(text):
     first splits a text into words, which are runs of letters, of digits or of other characters. White space can only
     begin a word, so it is safe to cut before it. Where there is none, it is safe to cut between two runs, but not after
     an apostrophe, as in don't."""
-    if " " in text or "\n" in text:
-        match = re.match(r".*\S(?=[ \n])", text, re.DOTALL)
+    if any(c in text for c in " \n\t\u3000"):
+        match = re.match(r".*\S(?=[ \n\t\u3000])", text, re.DOTALL)
         if match:
             return match.end()
-    if text[-RUN:].isalpha():
-        return 0
-    for i in range(len(text) - 1, max(0, len(text) - RUN), -1):
+    end = len(text)
+    while end > 0 and text[max(0, end - RUN):end].isalpha():  # a long run of letters
+        end -= RUN
+    for i in range(min(end, len(text) - 1), max(0, end - RUN), -1):
         before, after = class_of(text[i - 1]), class_of(text[i])
         if before and after and before != after and text[i - 1] != "'":
             return i
@@ -356,9 +359,10 @@ def start_over(why):
     raise UserError(f"{why}; run the command again to start over")
 
 
-def split(train, val, dtype):
-    """The numbers of tokens that were encoded as training and as validation text -> how many tokens the splits have.
-    Without validation text, moves the end of tokens.bin to val.bin. In both cases, tokens.bin becomes train.bin."""
+def split(tok, train, val):
+    """The numbers of tokens that were encoded as training and as validation text -> the numbers of tokens and bytes of
+    the splits. Without validation text, moves the end of tokens.bin to val.bin. In both cases, tokens.bin becomes
+    train.bin. This comes last: an earlier run can be continued only before it."""
     tokens = train + val
     train = train if val_input else int(tokens * (1 - val_fraction))
     if train < 2 or tokens - train < 2:
@@ -368,23 +372,28 @@ def split(train, val, dtype):
                             f"{plural(val, 'token')}; each needs at least 2")
         raise UserError(f"the text has {plural(tokens, 'token')}, too few for a training and a validation split of at "
                         "least 2 each; give more text, or another --val_fraction")
+    dtype, own = dtype_for(tok), PARTIAL / "tokens.bin"
+    sizes = {"train_tokens": train, "val_tokens": tokens - train,
+             "train_bytes": count_bytes(own, tok, dtype, slice(train)),
+             "val_bytes": count_bytes(*((PARTIAL / "val.bin", tok, dtype) if val_input else
+                                        (own, tok, dtype, slice(train, None))))}
     if not val_input:
-        with open(PARTIAL / "tokens.bin", "rb+") as source, open(PARTIAL / "val.bin", "wb") as end:
+        with open(own, "rb+") as source, open(PARTIAL / "val.bin", "wb") as end:
             source.seek(train * dtype.itemsize)
             shutil.copyfileobj(source, end)
             source.truncate(train * dtype.itemsize)
             for f in (source, end):
                 f.flush()
                 os.fsync(f.fileno())
-    (PARTIAL / "tokens.bin").rename(PARTIAL / "train.bin")
-    return train, tokens - train
+    own.rename(PARTIAL / "train.bin")
+    return sizes
 
 
-def count_bytes(path, tok, dtype, source=None):
-    """The number of bytes of the text in a .bin file. An end-of-text token has none. UserError for an unknown id, which
-    names `source` as the file."""
+def count_bytes(path, tok, dtype, part=slice(None), source=None):
+    """The number of bytes of the text in a part of a .bin file. An end-of-text token has none. UserError for an unknown
+    id, which names `source` as the file."""
     sizes = np.array([0 if i == tok.eot else len(tok.token_bytes(i)) for i in range(tok.vocab_size)])
-    ids, total = np.memmap(path, dtype=dtype, mode="r"), 0
+    ids, total = np.memmap(path, dtype=dtype, mode="r")[part], 0
     for i in range(0, len(ids), BATCH):
         counts = np.bincount(ids[i:i + BATCH], minlength=len(sizes))
         if len(counts) > len(sizes):
@@ -456,7 +465,7 @@ def read_nanogpt(folder):
         counts[f"{name}_tokens"], rest = divmod(path.stat().st_size, dtype.itemsize)
         if counts[f"{name}_tokens"] < 2 or rest:
             raise UserError(f"{folder / path.name} does not hold at least two numbers of {dtype.itemsize} bytes each")
-        counts[f"{name}_bytes"] = count_bytes(path, tok, dtype, folder / path.name)
+        counts[f"{name}_bytes"] = count_bytes(path, tok, dtype, source=folder / path.name)
         with open(path, "rb+") as f:
             for chunk in iter(lambda: f.read(PIECE), b""):
                 sha256.update(chunk)
@@ -487,14 +496,22 @@ def prepare_text():
     """Text -> train.bin, val.bin and meta.json in .partial. Returns the contents of meta.json."""
     files, source = find_files()
     val_files = expand("val_input", val_input) if val_input else []
+    for_validation = {p.resolve() for p in val_files}
+    if inside := [p for p in files if p != OPENWEBTEXT and p.resolve() in for_validation]:
+        print(f"left out of the training text: {plural(len(inside), 'file')} of --val_input", flush=True)
+        files = [p for p in files if p not in inside]
+        if not files:
+            raise UserError("--input and --val_input name the same text; leave --val_input out to split it")
     if not any(size_of(p) for p in files):
         raise UserError(f"{source} {'is empty' if len(files) == 1 else 'has no text'}")
 
     def files_now():
         paths = [p for p in files + val_files if p != OPENWEBTEXT]
-        return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+        found = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
-    job = {"files": files_now(), "text_key": text_key, "kind": kind, "val": val_input or val_fraction}
+    base = kind if kind in ("char", "gpt2") else read_json(DATA / kind / "meta.json", META)["tokenizer"]
+    job = {"files": files_now(), "text_key": text_key, "kind": base, "val": val_input or val_fraction}
     progress, tok, meta = read_progress(job)
     if progress:
         print(f"continuing {PARTIAL} after {progress['tokens.bin']['tokens']:,} tokens", flush=True)
@@ -524,11 +541,9 @@ def prepare_text():
     for what, change in (("byte order marks", "removed"), ("line ends", r"\r\n and \r became \n")):
         if notes[what]:
             print(f"{what}: {change} in {notes[what]} of {documents} documents", file=sys.stderr, flush=True)
-    train, val = split(progress["tokens.bin"]["tokens"], progress["val.bin"]["tokens"], dtype)
-    meta = {"tokenizer": tok.state(), "vocab_size": tok.vocab_size, "dtype": dtype.name, "train_tokens": train,
-            "val_tokens": val, "train_bytes": count_bytes(PARTIAL / "train.bin", tok, dtype),
-            "val_bytes": count_bytes(PARTIAL / "val.bin", tok, dtype), "source": source, "documents": documents,
-            "bad_records": len(bad), "sha256": sha256.hexdigest()}
+    meta = {"tokenizer": tok.state(), "vocab_size": tok.vocab_size, "dtype": dtype.name,
+            **split(tok, progress["tokens.bin"]["tokens"], progress["val.bin"]["tokens"]),
+            "source": source, "documents": documents, "bad_records": len(bad), "sha256": sha256.hexdigest()}
     write_atomically(PARTIAL / "meta.json", json.dumps(meta, indent=1).encode())
     return meta
 
@@ -544,7 +559,8 @@ try:
 except UserError as error:
     raise UserError(str(error).replace(str(STREAM), "standard input")) from None
 except KeyboardInterrupt:
-    again = "" if STREAM.exists() else "; the same command continues where it stopped"
+    kept = (PARTIAL / "progress.json").exists() and not STREAM.exists()
+    again = "; the same command continues where it stopped" if kept else ""
     print("\n" * sys.stderr.isatty() + "interrupted" + again, file=sys.stderr)
     raise
 except OSError as error:

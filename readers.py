@@ -229,16 +229,26 @@ def read_parquet(path, text_key):
         raise UserError(f"{path} can only be read with pyarrow: pip install pyarrow") from None
     try:
         # A row group may not fit into memory. A page must, and so must all rows of a batch.
-        with memory_limit(UNFOLDED), ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as table:
+        with memory_limit(UNFOLDED):
+            table = ParquetFile(path, pre_buffer=False, buffer_size=PIECE)
+        with table:
             if text_key not in table.schema_arrow.names:
                 raise UserError(f"{path} has no column {text_key!r} but {table.schema_arrow.names}; "
                                 "name the one to read with --text_key")
             number, size, total = 0, size_of(path), table.metadata.num_rows
-            for rows in table.iter_batches(batch_size=10, columns=[text_key]):
-                for value in rows.column(0):
+            batches = table.iter_batches(batch_size=10, columns=[text_key])
+            while True:
+                values = []
+                with memory_limit(UNFOLDED):  # not while other code runs: its threads need memory
+                    rows = next(batches, None)
+                    if rows is None:
+                        break
+                    for value in rows.column(0):
+                        with contextlib.suppress(ValueError, OverflowError):  # then it is a bad record
+                            value = value.as_py()
+                        values.append(value)
+                for value in values:
                     number += 1
-                    with contextlib.suppress(ValueError, OverflowError):  # then it is a bad record
-                        value = value.as_py()
                     yield number, {text_key: value}, size * number // total
     except MemoryError:  # before the next line, since pyarrow's is also an ArrowException
         raise UserError(f"{path} takes more than {UNFOLDED >> 20} MB of memory to read; write it with smaller pages "

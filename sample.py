@@ -20,7 +20,7 @@ top_k: int | None = None           # draw from the k most likely tokens only
 top_p: float | None = None         # draw from the smallest set of tokens that holds this much probability
 repetition_penalty = 1.0           # above 1 makes tokens that have occurred less likely
 stop: str | None = None            # a text, in which \n is a newline, that ends a sample; it is not shown
-interactive = False                # read prompts from the keyboard; Ctrl-C stops a text, Ctrl-D ends the program
+interactive = False                # read prompts from the keyboard; Ctrl-C stops a text, Ctrl-D (Windows: Ctrl-Z) ends
 seed = 1337                        # the same seed gives the same text
 device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
 dtype: str | None = None           # of the weights: float32, bfloat16, float16, int8; None: 16 bits on CUDA, else 32
@@ -145,6 +145,8 @@ def converse():
         except UserError as e:  # such as a character that the model does not know
             print(f"error: {e}", file=sys.stderr)
         except OSError as e:
+            if e.filename is None:  # not a prompt's file, but the input or the output
+                raise
             print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
         except KeyboardInterrupt:
             print()

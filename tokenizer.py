@@ -71,6 +71,7 @@ class CharTokenizer:
 
     def decode(self, ids):
         """ids -> str. UserError for an id outside the vocabulary."""
+        ids = list(ids)  # an iterator can be read once only
         _check_ids(ids, self.vocab_size)
         return "".join(self.chars[i] for i in ids)
 
@@ -124,8 +125,9 @@ class BPETokenizer:
 
     def decode(self, ids):
         """ids -> str. Bytes that are not UTF-8 become U+FFFD. UserError for an id outside the vocabulary."""
+        ids = list(ids)
         _check_ids(ids, self.vocab_size)
-        return self._bpe.decode(list(ids))
+        return self._bpe.decode(ids)
 
     def stream(self):
         """A decoder for ids that come one at a time: push(id) -> str, flush() -> str. A character whose bytes are

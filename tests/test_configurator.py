@@ -98,6 +98,7 @@ def test_help_is_read_from_the_source(script):
     (["--rate=fast"], ["rate expects float", "fast"]),
     (["--rate=1e39"], ["rate expects float of at most 3e38, got '1e39'"]),
     (["--flag=yes"], ["flag expects True or False", "yes"]),
+    (["--flag", "true"], ["flag expects True or False", "true"]),
     (["--limit=x"], ["limit expects int or None"]),
     (["--size"], ["--size needs a value"]),
     (["--name", "--size=1"], ["--name needs a value"]),

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -255,6 +256,15 @@ def test_prompts_from_the_keyboard(trained):
     done = subprocess.run(trained.command("sample.py", "--interactive", "--max_new_tokens=0", "--start=The"),
                           cwd=trained.folder, input="and\n", capture_output=True, text=True, encoding="utf-8")
     assert done.stdout.split() == ["The", "and"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_prompts_whose_texts_cannot_be_written(trained):
+    """One error, not one for each of endless prompts."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(trained.command("sample.py", "--interactive", "--max_new_tokens=5"), cwd=trained.folder,
+                              input="The\nand\n", stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
 
 
 # --- the model as a library ---

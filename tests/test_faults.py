@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -297,6 +298,13 @@ def test_a_damaged_log_is_repaired(trained, tmp_path, damage):
         found = list(csv.DictReader(f))
     assert found[-1]["iter"] == "65" and all(row in whole for row in found[:-1])
     assert read_log(folder / "log.csv") == (found, 0)
+
+
+def test_a_file_of_hugging_face_is_named_by_its_folder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"name the folder: --init_from={re.escape(str(tmp_path))}"):
+        load_checkpoint(tmp_path / "model.safetensors")
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):

@@ -12,7 +12,7 @@ import zipfile
 import pytest
 
 from conftest import ROOT
-from files import UserError, at_least, download, one_of, put_in_place, read_json, read_wheel, write_atomically
+from files import UserError, at_least, download, one_of, put_in_place, quoted, read_json, read_wheel, write_atomically
 
 
 def test_write_atomically(tmp_path):
@@ -33,6 +33,15 @@ def test_a_write_that_fails_leaves_the_file_and_nothing_else(tmp_path):
         write_atomically(tmp_path / "folder" / "file", b"data")
     assert caught.value.filename == str(tmp_path / "folder" / "file") and caught.value.filename2 is None
     assert os.listdir(tmp_path / "folder") == ["file"]
+
+
+def test_a_path_as_one_types_it(monkeypatch):
+    """The Command Prompt of Windows does not know single quotes."""
+    assert quoted("out/best.pt") == "out/best.pt" and quoted("my run") == "'my run'"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        found = quoted("out\\best.pt"), quoted("my run")
+    assert found == ("out\\best.pt", '"my run"')
 
 
 def test_a_file_that_is_being_read_is_replaced_later_under_windows(monkeypatch):

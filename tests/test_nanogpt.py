@@ -97,13 +97,15 @@ def test_logits_are_nanogpts(project, bias, prefix, mask):
 
 
 def test_sampled_finetuned_and_exported(project):
-    write_dataset(project.folder / "theirs")
+    write_dataset(project.folder / "theirs" / "shakespeare_char")
     os.mkdir(project.folder / "nano")
     torch.save(nanogpt_checkpoint(reference(len(CHARS), False), False, "shakespeare_char"),
                project.folder / "nano" / "ckpt.pt")
+    write_dataset(project.folder / "others" / "greek", CHARS[::-1])
+    project.run("prepare.py", "--dataset=greek", "--input=others/greek")  # as many characters, but not the same ids
     error = project.fails("sample.py", "--out_dir=nano")
     assert "does not say which" in error and "prepare.py --dataset=shakespeare_char --input=" in error
-    project.run("prepare.py", "--dataset=mine", "--input=theirs")
+    project.run("prepare.py", "--dataset=mine", "--input=theirs/shakespeare_char")
     meta, train, val = read(project, "mine")
     assert load_tokenizer(meta["tokenizer"]).decode(train + val) == TEXT and len(val) == 500
     assert (meta["train_bytes"], meta["val_bytes"]) == (len(TEXT) - 500, 500)
@@ -115,7 +117,7 @@ def test_sampled_finetuned_and_exported(project):
     project.run("checkpoint.py", "--out_dir=nano", "--export=exported")
     model, _ = load_pretrained(project.folder / "exported")
     idx = torch.arange(20)[None]
-    os.rename(project.folder / "theirs" / "meta.pkl", project.folder / "nano" / "meta.pkl")
+    os.rename(project.folder / "theirs" / "shakespeare_char" / "meta.pkl", project.folder / "nano" / "meta.pkl")
     torch.testing.assert_close(model(idx)[0], load_model(project.folder / "nano")[0](idx)[0])
 
 

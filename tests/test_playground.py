@@ -67,6 +67,21 @@ def test_the_numbers_are_those_of_the_model(machine):
 
 
 @torch.no_grad()
+def test_after_an_error_the_numbers_are_right_again(machine):
+    """It may leave a cache that is half filled with other tokens."""
+    model, fast, tok = machine
+    ids = tok.encode(TEXT)[5:17]
+    p = model(torch.tensor([ids + ids[:1]]))[0][0, -1].softmax(-1)
+    explain(fast, tok, ids, 32, 5, 1, 1, PLAIN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("explain.CHUNK", 3)
+        with pytest.raises(IndexError):
+            explain(fast, tok, [*ids[3:9], 10 ** 6, *ids], 32, 5, 1, 1, PLAIN)
+    found = explain(fast, tok, ids + ids[:1], 32, 5, 1, 1, PLAIN)["candidates"]
+    close([c["probabilities"]["model"] for c in found], [p[c["id"]] for c in found])
+
+
+@torch.no_grad()
 def test_the_logits_are_those_of_a_changed_model(machine, monkeypatch):
     """Of one that does something after lm_head, and that runs its last block twice."""
     model, _, tok = machine

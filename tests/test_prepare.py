@@ -1,4 +1,5 @@
 """prepare.py: the ids that it writes, from every kind of input, whole or interrupted, and what it says to mistakes."""
+import collections
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from conftest import TEXT, Project
+from readers import read_documents
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 
 
@@ -345,8 +347,8 @@ def stopped_before(line, folder):
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory):
-    """Stopped when every piece was encoded."""
-    return stopped_before("train, val = split(", tmp_path_factory.mktemp("encoded"))
+    """Stopped when every piece was encoded, counted, and copied to val.bin if it belongs there."""
+    return stopped_before("source.truncate(train", tmp_path_factory.mktemp("encoded"))
 
 
 @pytest.fixture(scope="module")
@@ -397,6 +399,57 @@ def test_a_damaged_progress_json_starts_over(encoded, damage):
 @pytest.mark.parametrize("damage", NOT_JSON + [lambda m: m | {"train_tokens": "9"}, lambda m: m | {"source": None}])
 def test_a_damaged_meta_json_starts_over(finished, damage):
     assert not run_again(finished, "meta.json", damage)
+
+
+def test_another_tokenizer_of_the_same_name_starts_over(project):
+    base = ["--dataset=base", "--input=other.txt"]
+    for name in ("book.txt", "other.txt"):
+        (project.folder / name).write_text(normal(TEXT_OF_JOB), encoding="utf-8")
+    project.run("prepare.py", *base)
+    path, source = project.folder / "prepare.py", (project.folder / "prepare.py").read_text()
+    path.write_text(source.replace("source.truncate(train", "os._exit(9); source.truncate(train"))
+    assert project.finish("prepare.py", *JOB, "--tokenizer=base").returncode == 9
+    path.write_text(source)
+    (project.folder / "other.txt").write_text(normal(TEXT_OF_JOB) + "\u0416", encoding="utf-8")  # a new character
+    project.run("prepare.py", *base)
+    assert "starting over" in project.run("prepare.py", *JOB, "--tokenizer=base")
+    assert read(project, "mine")[0]["tokenizer"] == read(project, "base")[0]["tokenizer"]
+
+
+def test_validation_text_is_not_trained_on(project):
+    folder = project.folder / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("aaaa")
+    (folder / "val.txt").write_text("bbbb")
+    printed = project.run("prepare.py", "--dataset=mine", "--input=texts", "--val_input=texts/v*.txt")
+    meta, train, val = read(project, "mine")
+    assert "left out of the training text: 1 file of --val_input" in printed
+    assert [load_tokenizer(meta["tokenizer"]).decode(ids) for ids in (train, val)] == ["aaaa", "bbbb"]
+    error = project.fails("prepare.py", "--dataset=mine", "--input=texts/a.txt", "--val_input=texts/a.txt")
+    assert "name the same text" in error
+    assert "--val_input takes files" in project.fails("prepare.py", "--dataset=mine", "--input=texts", "--val_input=-")
+
+
+@pytest.mark.parametrize("text", ["\t".join(["word", "and"] * 30_000), "\u3000".join(["\u4f60\u597d"] * 40_000),
+                                  "word,and," * 20_000 + "a" * 26_000 + ",word" * 20_000], ids=["tabs", "wide", "run"])
+def test_a_text_without_spaces_is_cut_between_words(project, text):
+    """Also if a piece ends in a long run of letters."""
+    source = (project.folder / "readers.py").read_text()
+    (project.folder / "readers.py").write_text(source.replace("PIECE = 1 << 20", "PIECE = 100_000"))
+    (project.folder / "a.txt").write_text(text, encoding="utf-8")
+    project.run("prepare.py", "--dataset=mine", "--input=a.txt", "--tokenizer=gpt2")
+    _, train, val = read(project, "mine")
+    assert train + val == BPETokenizer().encode(text)
+
+
+def test_parquet_leaves_memory_to_threads(project):
+    """The limit on memory holds while pyarrow reads, and not while what it has read is used."""
+    pytest.importorskip("pyarrow")
+    resource = pytest.importorskip("resource")
+    write_documents(project.folder / "a.parquet", ["one", "two"])
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    for _ in read_documents(project.folder / "a.parquet", "text", [], collections.Counter()):
+        assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 def test_a_full_disk_is_one_line(project):
