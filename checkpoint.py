@@ -462,9 +462,9 @@ def progress(checkpoint, tokens_per_step):
     return iter_num, checkpoint.get("best_val_loss"), checkpoint["bad_evals"], checkpoint["seconds"], extra
 
 
-def has_same_text(checkpoint, text, path, may_differ):
-    """Whether a run resumes on the dataset that its checkpoint was trained on, and evaluates the same part of it. If
-    the dataset is another one, and may not be: UserError."""
+def has_same_text(checkpoint, text, path):
+    """Whether a run resumes on the dataset that its checkpoint was trained on, and evaluates the same part of it.
+    UserError if the dataset of that name has another text now, unless --dataset is on the command line."""
     before = checkpoint.get("text") or text
     if all(before.get(k) == text[k] for k in ("sha256", "val_tokens")):
         most = text["val_tokens"] - 1  # the last token is only a target
@@ -474,7 +474,7 @@ def has_same_text(checkpoint, text, path, may_differ):
         print_once(f"eval_tokens is {text['evaluated']}, not {evaluated} as in the checkpoint, so the lowest "
                    "validation loss is reset")
         return False
-    if not may_differ:
+    if before.get("dataset") in (None, text["dataset"]) and not any(w.startswith("--dataset") for w in sys.argv):
         raise UserError(f"the dataset {text['dataset']} is not the one that {path} was trained on; restore it, or go "
                         f"on with the new one: --dataset={text['dataset']}")
     print_once(f"the text of {text['dataset']} is not that of the checkpoint, so the lowest validation loss is reset")

@@ -200,7 +200,7 @@ if checkpoint:
     del checkpoint["model"], checkpoint["optimizer"]  # they are in place, and take memory
     scaler.load_state_dict(scaler.state_dict() | checkpoint["scaler"])  # {} if the run was not in float16 so far
     iter_num, best_val_loss, bad_evals, seconds, extra = progress(checkpoint, sequences * block_size)
-    if not has_same_text(checkpoint, text, source, "dataset" in overrides) or not (out / "best.pt").exists():
+    if not has_same_text(checkpoint, text, source) or not (out / "best.pt").exists():
         best_val_loss, bad_evals = None, 0
 
 

@@ -219,8 +219,10 @@ def test_a_dataset_that_was_replaced_is_noticed(trained):
     project.run("train.py", *TINY, "--dataset=swapped", "--max_iters=5", "--out_dir=swapped")
     (project.folder / "swapped.txt").write_text("".join(sorted(TEXT)))
     project.run("prepare.py", "--dataset=swapped", "--input=swapped.txt")
-    error = project.fails("train.py", "--init_from=resume", "--out_dir=swapped", "--max_iters=9")
-    assert "the dataset swapped is not the one that" in error and "--dataset=swapped" in error
+    (project.folder / "swapped.py").write_text('dataset = "swapped"')  # a file always names it, so it is no permission
+    for arguments in ([], ["swapped.py"]):
+        error = project.fails("train.py", *arguments, "--init_from=resume", "--out_dir=swapped", "--max_iters=9")
+        assert "the dataset swapped is not the one that" in error and "--dataset=swapped" in error
     project.run("train.py", "--init_from=resume", "--out_dir=swapped", "--max_iters=9", "--dataset=swapped")
 
 
