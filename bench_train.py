@@ -88,7 +88,7 @@ def timed_step(i):
 
 def seconds_in_a_row(n):
     """Seconds of a step, among n in a row. As in training, a GPU works on one part while Python starts the next."""
-    for hook in hooks:
+    for hook in hooks:  # they wait for the device
         hook.remove()
     for i in range(3 + n):
         if i == 3:

@@ -176,7 +176,7 @@ def expand(name, value):
     files = files_below(path) if path.is_dir() else map(Path, glob.glob(value, recursive=True))
     found = {p.resolve(): p for p in sorted(files, reverse=True) if p.is_file()}  # links may lead to a file twice
     files = sorted(found.values())
-    if value == "-" or path.is_fifo():  # as --input, both are fine
+    if value == "-" or path.is_fifo():  # --input takes both
         raise UserError(f"--{name} takes files; write the text of a pipe or of standard input to one first")
     if not files:
         raise UserError(f"--{name}={value}: no such file or folder, or no file in it")
@@ -362,7 +362,7 @@ def start_over(why):
 def split(tok, train, val):
     """The numbers of tokens that were encoded as training and as validation text -> the numbers of tokens and bytes of
     the splits. Without validation text, moves the end of tokens.bin to val.bin. In both cases, tokens.bin becomes
-    train.bin. This comes last: an earlier run can be continued only before it."""
+    train.bin. That comes last, since an interrupted run can be continued only before it."""
     tokens = train + val
     train = train if val_input else int(tokens * (1 - val_fraction))
     if train < 2 or tokens - train < 2:
@@ -372,20 +372,20 @@ def split(tok, train, val):
                             f"{plural(val, 'token')}; each needs at least 2")
         raise UserError(f"the text has {plural(tokens, 'token')}, too few for a training and a validation split of at "
                         "least 2 each; give more text, or another --val_fraction")
-    dtype, own = dtype_for(tok), PARTIAL / "tokens.bin"
+    dtype, path = dtype_for(tok), PARTIAL / "tokens.bin"
+    val_path, val_part = (PARTIAL / "val.bin", slice(None)) if val_input else (path, slice(train, None))
     sizes = {"train_tokens": train, "val_tokens": tokens - train,
-             "train_bytes": count_bytes(own, tok, dtype, slice(train)),
-             "val_bytes": count_bytes(*((PARTIAL / "val.bin", tok, dtype) if val_input else
-                                        (own, tok, dtype, slice(train, None))))}
+             "train_bytes": count_bytes(path, tok, dtype, slice(train)),
+             "val_bytes": count_bytes(val_path, tok, dtype, val_part)}
     if not val_input:
-        with open(own, "rb+") as source, open(PARTIAL / "val.bin", "wb") as end:
+        with open(path, "rb+") as source, open(PARTIAL / "val.bin", "wb") as end:
             source.seek(train * dtype.itemsize)
             shutil.copyfileobj(source, end)
             source.truncate(train * dtype.itemsize)
             for f in (source, end):
                 f.flush()
                 os.fsync(f.fileno())
-    own.rename(PARTIAL / "train.bin")
+    path.rename(PARTIAL / "train.bin")
     return sizes
 
 
