@@ -14,7 +14,7 @@ if torch.cuda.is_available():
     n_layer, n_head, n_embd, block_size = 6, 6, 384, 256
     batch_size = 64
     dropout = 0.2
-    max_iters = 2000
+    max_iters = 1500
     learning_rate = 1e-3
     muon_learning_rate = 0.02
     lr_decay = "cosine"
