@@ -5,6 +5,7 @@ samplers leave. playground.py shows it on a page.
     what = explain(model, tok, tok.encode("ROMEO:"), context=6, token=None, layer=0, head=0, sampling=sampling)
 
 Everything here goes through model.py's own forward pass and samplers. The answers are plain values, ready for JSON.
+Results are kept for the next call. After a change of the model's weights, call look.cache_clear() and kept.clear().
 """
 import base64
 import functools

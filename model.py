@@ -8,7 +8,7 @@ Text is cut into tokens (characters, or pieces of words), and each has an id. Th
 each position, one score for every token that could come next. A position sees itself and the positions before it, never
 those after ("causal"). So one pass over T tokens makes T predictions, and training learns from all of them. The first
 transformer (Vaswani et al. 2017) also has an encoder, in which each position of a second text sees all others. Here is
-only the decoder. See Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+only the decoder, as in GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 Shapes in comments:
     B   batch, the number of sequences
@@ -93,7 +93,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, positions=None, cache=None, layer=0):
         """x (B, T, C) -> (B, T, C). positions (T,): where x is in the sequence, starting at 0 by default. With a cache,
-        x also attends to the earlier positions of this layer that the cache holds."""
+        x also attends to the earlier positions that the cache holds for the block with the number `layer`."""
         B, T, C = x.shape
         if positions is None:
             positions = torch.arange(T, device=x.device)
@@ -160,7 +160,7 @@ class KVCache:
 
     The cache holds 2 * n_layer * B * capacity * n_embd numbers. For a sequence of GPT-2 small in float32, these are
     2 * 12 * 1024 * 768 * 4 bytes = 75 MB. It cannot slide, that is, drop its oldest token to make room for a new one.
-    All other keys and values depend on their positions, which would change, and in later blocks on the oldest token."""
+    All other keys and values depend on their positions, which would change, and in later blocks on that token, too."""
 
     def __init__(self, config, batch_size, length=None, device=None, dtype=None):
         """length: the capacity in positions, by default block_size. ValueError if it exceeds block_size."""
@@ -245,7 +245,7 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
 
         # Attention alone cannot tell in which order the earlier tokens came. Adding a vector for the position makes "a"
-        # at position 3 a different input from "a" at position 7. C features can hold both, as the model learns.
+        # at position 3 a different input from "a" at position 7. Training finds vectors whose sum shows both.
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C) + (T, C) -> (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, positions, cache, layer)           # (B, T, C)

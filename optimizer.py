@@ -1,7 +1,7 @@
 """What turns gradients into steps: AdamW, Muon, which parameters go to which, and the learning rate's schedule.
 
     optimizers = make_optimizers(model, "muon", learning_rate=3e-3, muon_learning_rate=0.02)
-    share = schedule(step, warmup_iters=100, decay_iters=2000, final=0.1)      # times every group's peak rate
+    share = schedule(step, warmup_iters=100, decay_iters=2000, final=0.1)      # times each optimizer's peak rate
 
 AdamW is PyTorch's. It keeps two running means for each weight: of its gradient (beta1) and of the gradient's square
 (beta2). It divides the first by the root of the second, so all weights take steps of similar size, however large their
@@ -18,9 +18,9 @@ from model import CausalSelfAttention
 
 def schedule(step, warmup_iters, decay_iters, final, curve="cosine"):
     """The learning rate of a step (from 0) as a share of its peak. It rises linearly over warmup_iters steps. Then it
-    falls to `final` at step decay_iters, where it stays: along half a cosine (Loshchilov & Hutter 2017, SGDR, without
-    restarts) or, with curve="linear", along a line (Defazio et al. 2023, "Optimal linear decay learning rate schedules
-    and further refinements"). If decay_iters is not above warmup_iters, it drops to `final` right after the peak."""
+    falls along half a cosine (Loshchilov & Hutter 2017, SGDR, without restarts) or, with curve="linear", along a line
+    (Defazio et al. 2023, "Optimal linear decay learning rate schedules and further refinements"). It reaches `final` at
+    step decay_iters and stays there. If decay_iters is not above warmup_iters, it drops to it right after the peak."""
     if step < warmup_iters:
         return (step + 1) / (warmup_iters + 1)
     progress = min(1.0, (step - warmup_iters) / max(1, decay_iters - warmup_iters))
@@ -41,7 +41,7 @@ def orthogonalize(m):
     rows, cols = m.shape[-2:]
     if rows > cols:  # then the transpose has the smaller X Xt
         return orthogonalize(m.mT).mT
-    # The iteration needs singular values of at most 1. None is larger than the norm.
+    # The iteration needs singular values of at most 1. None is larger than the Frobenius norm.
     m = m / torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     if cols >= 2 * rows and rows >= 64 and m.device.type == "cpu" and m.itemsize > 2:
         # Fewer multiplications, which pays from about 64 rows on.

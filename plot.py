@@ -1,4 +1,4 @@
-"""Draws every picture, as PNG or SVG by the file's name. Needs matplotlib.
+"""Draws plots, as PNG or SVG by the file's name. Needs matplotlib.
 
     python plot.py --start="ROMEO:"                          # what each head of the trained model attends to
     python plot.py --start="ROMEO:" --layer=0 --head=2       # one head, large

@@ -113,7 +113,7 @@ def write_texts(prompt, ids):
     texts = [Text(tok) for _ in range(num_samples)]
     stream = model.stream(torch.tensor([ids], device=device), max_new_tokens, temperature, top_k, top_p,
                           repetition_penalty, tok.eot, num_samples, generator=generator)
-    first_steps = list(itertools.islice(stream, 2))  # before printing, since the second compiles, and says so
+    first_steps = list(itertools.islice(stream, 2))  # before printing: the second may say that it compiles
     print(prompt, end="", flush=True)
     for step in itertools.chain(first_steps, stream):
         for text, i in zip(texts, step.tolist(), strict=True):

@@ -10,7 +10,7 @@ Writes out/latest.pt (to resume), out/best.pt (the lowest validation loss, to sa
 """
 import os
 
-# the run (a default of None is chosen by defaults.py to fit the text, unless said otherwise)
+# the run (None: defaults.py chooses a value that fits the text, unless the comment says otherwise)
 out_dir = "out"                    # where checkpoints and the log go; an earlier run there is renamed to out.1, ...
 init_from = "scratch"              # scratch, resume, or weights: gpt2, ..., gpt2-xl, the folder of a run or of a GPT-2
 seed = 1337                        # every random choice of the run follows from it
@@ -18,7 +18,7 @@ seed = 1337                        # every random choice of the run follows from
 dataset = "shakespeare_char"       # a folder in data/, made by prepare.py
 prepare = ""                       # more arguments for prepare.py, which makes a missing dataset: "--val_fraction=0.01"
 batch_size: int | None = None      # sequences in a micro-step: one forward and backward pass
-gradient_accumulation_steps = 1    # micro-steps in an optimizer step
+gradient_accumulation_steps = 1    # micro-steps whose gradients add up to one step: a larger batch in the same memory
 block_size: int | None = None      # tokens in a sequence
 # model
 n_layer: int | None = None         # blocks
@@ -56,8 +56,8 @@ device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best
 dtype: str | None = None           # matrix multiplications in float32, bfloat16, float16; None: bfloat16 where fast
 compile: bool | None = None        # torch.compile the model; None: on CUDA, if triton and a C compiler are there
 strategy = "ddp"                   # several processes: ddp copies the model to each, fsdp splits it among them
-# Settings are read before the heavy imports, so that --help and a typo answer at once. From here on, `config` holds all
-# settings, and `overrides` those that the command line and its config files name. They have replaced the values above.
+# This runs configurator.py as if its code stood here: the command line and its config files replace the values above.
+# `config` then holds all settings, and `overrides` the named ones. The slow imports wait, so a typo answers at once.
 exec(open(os.path.join(os.path.dirname(os.path.realpath(__file__)), "configurator.py"), encoding="utf-8").read())
 
 import functools
@@ -101,7 +101,7 @@ from fast import compiled, for_training
 from model import GPT, GPTConfig
 from optimizer import make_optimizers, schedule
 
-# --- resume or start: a resumed run keeps its settings, except those that this command names ---
+# --- resume or start: a resumed run keeps its settings (init_from, too), except those that this command names ---
 
 out = Path(out_dir)
 checkpoint = pretrained = tokenizer = None
@@ -165,10 +165,10 @@ def window_starts(epoch):
 
 
 def get_batch(step):
-    """The inputs and targets (micro_steps * micro_batch, T) of this process in a step. They follow from the seed and
-    the sequences read before. They are the same after a resume, and in several processes together as in one."""
+    """The inputs and targets (micro_steps * micro_batch, T) of this process in a step. They depend only on the
+    seed and on how many sequences came before. So they are the same after a resume, and for any number of processes."""
     mine = sequences // world_size
-    first = extra // block_size + step * sequences + distributed.rank * mine  # extra: tokens of another batch_size
+    first = extra // block_size + step * sequences + distributed.rank * mine  # extra: see progress()
     starts = np.array([window_starts(i // windows)[i % windows] for i in range(first, first + mine)])
     ids = to_device(train_data[starts[:, None] + np.arange(block_size + 1)], device)
     return ids[:, :-1], ids[:, 1:]  # the target at each position is the next token
@@ -177,8 +177,8 @@ def get_batch(step):
 # --- model and optimizers ---
 
 torch.manual_seed(seed)
-shape = {k: v for k, v in (fixed | config).items() if k in asdict(GPTConfig())}  # settings named as in GPTConfig
-model_config = pretrained.config if pretrained else GPTConfig(**shape | {"vocab_size": meta["vocab_size"]})
+model_settings = {k: v for k, v in (fixed | config).items() if k in asdict(GPTConfig())}  # as GPTConfig names them
+model_config = pretrained.config if pretrained else GPTConfig(**model_settings | {"vocab_size": meta["vocab_size"]})
 check_training_memory(device, model_config, sequences // world_size, micro_batch, block_size, dtype, strategy)
 raw_model = (pretrained or GPT(model_config)).float()
 for_training(raw_model.to(device).train())  # faster layers that compute the same
@@ -210,7 +210,7 @@ def save(path, with_optimizers=True):
     distributed.run_on_main_process(log.save, path, {
         "model": model_state, "optimizer": optimizer_state if with_optimizers else None,
         "model_config": asdict(raw_model.config), "tokenizer": meta["tokenizer"],
-        "config": {k: v for k, v in config.items() if k not in shape}, "text": text, "wandb_id": log.wandb_id,
+        "config": {k: v for k, v in config.items() if k not in model_settings}, "text": text, "wandb_id": log.wandb_id,
         "iter_num": iter_num, "best_val_loss": best_val_loss, "bad_evals": bad_evals, "seconds": seconds,
         "tokens": extra + iter_num * sequences * block_size, "scaler": scaler.state_dict(), "probe": probe(raw_model)})
 
@@ -335,7 +335,7 @@ if __name__ == "__main__":
         torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, distributed.rank)).generate_state(1)[0]))
         loss = forward_backward(*batch)
         grad_norm = update_weights()
-        distributed.share_buffers(raw_model)
+        distributed.share_buffers(raw_model)  # model.py has none, but a changed model may have some
         iter_num += 1
         batch = get_batch(iter_num)  # copied while the device still computes this step
         last = iter_num == max_iters
