@@ -393,7 +393,11 @@ def load_model(out_dir, block_size=None, dropout=None):
         config, state = cropped(model.config, model.state_dict(), block_size, path)
         model = GPT(config)
         load_weights(model, state, path)
-    return model.eval(), load_tokenizer(checkpoint["tokenizer"]), checkpoint
+    tokenizer = load_tokenizer(checkpoint["tokenizer"])
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, but its model {config.vocab_size}; "
+                        f"{other_checkpoint(path)}")
+    return model.eval(), tokenizer, checkpoint
 
 
 def load_to_sample(init_from, out_dir):
@@ -907,7 +911,9 @@ def save_pretrained(model, tokenizer, folder, card=""):
     try:
         for name, data in files.items():
             write_atomically(partial / name, data)
-    except OSError:
+        if not all((partial / name).is_file() for name in files):
+            raise UserError(f"another export to {folder} is under way, so this one was stopped")
+    except BaseException:  # Ctrl-C, too
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if folder.exists() and any(folder.iterdir()):

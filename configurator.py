@@ -44,6 +44,9 @@ def _one_line(error):
         import re
         size = re.search(r"allocate ([\d.]+ \w+)", str(error))  # PyTorch and numpy say how much they asked for
         text = f"out of memory{f', asking for {size[1]}' if size else ''}; choose smaller sizes"
+    elif isinstance(error, ModuleNotFoundError) and error.name in ("torch", "numpy", "filelock", "tiktoken"):
+        text = (f"{sys.executable} has no {error.name}; activate the environment where you have installed it "
+                "(. .venv/bin/activate), or install it: pip install -r requirements.txt")
     else:
         return None
     return " ".join(line.strip() for line in text.splitlines())
@@ -197,7 +200,12 @@ def _unknown(name, settings, where, hint=""):
 
 def _checked(name, value, settings, where, from_text=False):
     """A value for the setting `name`, converted to its type."""
-    kind, optional, _ = settings[name]
+    kind, optional, node = settings[name]
+    if from_text and kind is str and name not in ("start", "stop"):  # not a text, and perhaps a path
+        if not value and getattr(node.value, "value", None) != "":  # such as --out_dir=$FOLDER, where FOLDER is not set
+            raise UserError(f"{name} is empty {where}; leave it out, or give it a value")
+        if value.startswith("~/"):  # the shell expands it only at the start of a word
+            value = os.path.expanduser(value)
     try:
         return _as_kind(value, kind, optional, from_text)
     except (KeyError, ValueError, OverflowError) as e:
@@ -272,6 +280,7 @@ def _read_config_file(path, settings, namespace):
     """Executes a config file on a copy of the settings; returns those that it sets, {name: value}."""
     import ast
     import builtins
+    import difflib
     found = _find_config_file(path)
     before = {name: namespace[name] for name in settings}
     values = _Recorder(before | {"__file__": found, "__name__": "config"})
@@ -287,6 +296,10 @@ def _read_config_file(path, settings, namespace):
             if name not in settings and not name.startswith("_"):
                 raise _unknown(name, settings, f"in {path}, line {line}", "; a variable of your own begins with _")
         exec(builtins.compile(tree, found, "exec"), values)  # some scripts have a setting named compile
+        for name in values.names - lines.keys() - settings.keys():  # from another file, which may set anything
+            if (type(values.get(name)) in (int, float, str, bool) and not name.startswith("_")
+                    and difflib.get_close_matches(name, settings, n=1)):
+                raise _unknown(name, settings, f"in {path}", "")
     except (UserError, BrokenPipeError):
         raise
     except (Exception, SystemExit) as error:
@@ -336,14 +349,15 @@ def _read_arguments(arguments, settings):
 def _checked_config_file(path, pair):
     """The path of a config file. UserError if it is none, or if the shell seems to have made it from a pattern."""
     hint, expanded = "", False
-    if pair:
+    if pair and os.path.exists(path) and os.path.exists(pair[1]):
         name, value = pair
         folder, file = os.path.split(path)
         pattern = os.path.join(folder, "*" + os.path.splitext(file)[1])
         hint = f"; to keep the shell from expanding a pattern, quote it: --{name}=\"{pattern}\""
-        expanded = os.path.exists(value) and os.path.dirname(value) == folder
+        expanded = os.path.dirname(value) == folder
     if expanded or not path.endswith(".py"):
-        raise UserError(f"unexpected {path!r}: settings are given as --key=value, config files end in .py{hint}")
+        raise UserError(f"unexpected {path!r}: settings are given as --key=value, config files end in .py{hint}; a "
+                        'value with spaces needs quotes, as in --start="To be"')
     if not _find_config_file(path):
         raise UserError(f"config file {path} not found; settings are given as --key=value")
     return path

@@ -205,7 +205,6 @@ def finish_publishing(folder):
     """Moves the finished files of a dataset from .partial into place. prepare.py does this at its end. If it was killed
     meanwhile, the next script that needs the dataset does. So there is a whole dataset at every moment: the old one
     until .partial/meta.json appears, and the new one from then on."""
-    import contextlib
     import shutil
     partial = folder / ".partial"
     try:

@@ -27,6 +27,7 @@ import contextlib
 import io
 import json as json_format
 import math
+import re
 import sys
 import textwrap
 import warnings
@@ -293,5 +294,8 @@ if picture.suffix == ".png" and (max(width, height) >= 2 ** 16 or width * height
     raise UserError(f"the picture would have {width:.0f} x {height:.0f} pixels, which is too large; name an .svg, or "
                     "ask for less")
 figure.savefig(drawn, dpi=120, format=picture.suffix[1:])
-write_atomically(picture, drawn.getvalue())
+drawing = drawn.getvalue()
+if picture.suffix == ".svg":  # XML has no other control characters
+    drawing = re.sub(rb"[\0-\x08\x0b\x0c\x0e-\x1f]", b"?", drawing)
+write_atomically(picture, drawing)
 print(f"wrote {picture}")

@@ -59,7 +59,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from readers import OPENWEBTEXT, PIECE, kind_of, opened, read_documents, size_of
+from readers import OPENWEBTEXT, PIECE, RECORD, kind_of, opened, read_documents, size_of
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, read_nanogpt_characters
 
 BATCH = 16 << 20   # the progress is saved after roughly this many characters
@@ -152,13 +152,22 @@ def save_stream(stream):
     STREAM.unlink(missing_ok=True)
     with open(STREAM, "wb") as f:
         shutil.copyfileobj(stream, f)
+    record = None
+    with open(STREAM, "rb") as f, contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(f.readline(RECORD))
+    if isinstance(record, dict) and text_key in record:
+        raise UserError(f"this looks like JSON Lines with the field {text_key!r}, but a pipe is read as plain text; "
+                        "write it to a .jsonl file first")
     return STREAM
 
 
 def files_below(folder):
     """Yields the files in a folder and in those below it, but no hidden ones. Links are followed."""
+    def fail(error):
+        raise error
+
     visited = set()  # links may lead to a folder twice, or in a circle
-    for here, folders, files in os.walk(folder, followlinks=True):
+    for here, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         if os.path.realpath(here) in visited:
             folders.clear()
             continue
@@ -173,7 +182,8 @@ def expand(name, value):
     path, skipped = Path(value), []
     if path.is_file():
         return [path]
-    files = files_below(path) if path.is_dir() else map(Path, glob.glob(value, recursive=True))
+    named = [path] if path.is_dir() else map(Path, glob.glob(value, recursive=True))
+    files = itertools.chain.from_iterable(files_below(p) if p.is_dir() else [p] for p in named)
     found = {p.resolve(): p for p in sorted(files, reverse=True) if p.is_file()}  # links may lead to a file twice
     files = sorted(found.values())
     if value == "-" or path.is_fifo():  # --input takes both
@@ -455,6 +465,8 @@ def read_nanogpt(folder):
         raise UserError(f"{folder} is a dataset that nanoGPT made, which is taken as it is; leave out --{min(ignored)}")
     dtype, characters = np.dtype("<u2"), folder / "meta.pkl"
     tok = read_nanogpt_characters(characters) if characters.exists() else BPETokenizer()
+    if not characters.exists() and np.fromfile(folder / "train.bin", dtype, PIECE).max(initial=0) < 1000:
+        raise UserError(f"{folder} has no meta.pkl, and its ids are too small for GPT-2's tokens; copy meta.pkl, too")
     finish_publishing(FOLDER)  # what an earlier run left
     shutil.rmtree(PARTIAL, ignore_errors=True)
     PARTIAL.mkdir(parents=True)
@@ -464,7 +476,8 @@ def read_nanogpt(folder):
         shutil.copyfile(folder / f"{name}.bin", path)
         counts[f"{name}_tokens"], rest = divmod(path.stat().st_size, dtype.itemsize)
         if counts[f"{name}_tokens"] < 2 or rest:
-            raise UserError(f"{folder / path.name} does not hold at least two numbers of {dtype.itemsize} bytes each")
+            raise UserError(f"{folder / path.name} should hold two or more numbers of {dtype.itemsize} bytes, but has "
+                            f"{plural(path.stat().st_size, 'byte')}")
         counts[f"{name}_bytes"] = count_bytes(path, tok, dtype, source=folder / path.name)
         with open(path, "rb+") as f:
             for chunk in iter(lambda: f.read(PIECE), b""):

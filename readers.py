@@ -25,7 +25,8 @@ RECORD = 1 << 25      # the longest JSON record; a few bytes in a compressed fil
 UNFOLDED = 3 << 29    # bytes that reading a .parquet file may take, whose pages are compressed
 DICTIONARY = 1 << 29  # bytes that reading an .xz file may take; `xz -9` makes files that need 65 MB
 BRACKETS = 2_000_000  # the most of a JSON record: three bytes of it may become 64 in memory
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lambda raw: io.BufferedReader(XzFile(raw), PIECE)}
+COMPRESSED = {".gz": gzip.open, ".bz2": lambda raw: decompressed(raw, bz2.BZ2Decompressor),
+              ".xz": lambda raw: decompressed(raw, lambda: lzma.LZMADecompressor(memlimit=DICTIONARY))}
 OPENWEBTEXT = Path("Skylion007/openwebtext")  # its name on Hugging Face, used instead of a file's path
 OPENWEBTEXT_DOCUMENTS = 8_013_769             # used instead of a file's size
 
@@ -35,11 +36,17 @@ def kind_of(path):
     return next((s for s in reversed([s.lower() for s in path.suffixes]) if s not in COMPRESSED), "")
 
 
-class XzFile(io.RawIOBase):
-    """The text of an open .xz file, as a stream. Python's lzma.open has no limit, and a file may ask for 4 GB."""
+def decompressed(raw, decompressor):
+    """The text of an open .bz2 or .xz file, as a stream. decompressor: makes a new one, of bz2 or lzma."""
+    return io.BufferedReader(Streams(raw, decompressor), PIECE)
 
-    def __init__(self, raw):
-        self.raw, self.decompressor = raw, lzma.LZMADecompressor(memlimit=DICTIONARY)
+
+class Streams(io.RawIOBase):
+    """A file that consists of one or more compressed streams. Python's lzma.open has no limit, and an .xz file may ask
+    for 4 GB. bz2.open ends without an error where a damaged stream begins."""
+
+    def __init__(self, raw, make):
+        self.raw, self.make, self.decompressor = raw, make, make()
 
     def readable(self):
         return True
@@ -52,7 +59,7 @@ class XzFile(io.RawIOBase):
                 data = self.decompressor.unused_data.lstrip(b"\0") or self.raw.read(PIECE).lstrip(b"\0")
                 if not data:
                     return 0
-                self.decompressor = lzma.LZMADecompressor(memlimit=DICTIONARY)
+                self.decompressor = self.make()
             elif not data and self.decompressor.needs_input:
                 raise EOFError("it ends too early")
             text = self.decompressor.decompress(data, len(buffer))

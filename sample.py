@@ -41,7 +41,6 @@ check(config, "at least 0 and finite", lambda x: 0 <= x < math.inf, "temperature
 check(config, "in (0, 1]", lambda x: 0 < x <= 1, "top_p")
 check(config, "from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6, "repetition_penalty")  # else logits could be infinite
 check(config, "a text, not empty", bool, "stop")
-check(config, "a number of at most 64 bits", lambda x: -2 ** 63 <= x < 2 ** 64, "seed")
 check(config, "float32, bfloat16, float16 or int8", lambda x: x in ("float32", "bfloat16", "float16", "int8"), "dtype")
 
 import torch
@@ -90,7 +89,8 @@ def read_prompt(start):
         raise UserError(f"{start[5:]!r} cannot be the name of a file")
     elif start.startswith("FILE:"):
         try:
-            prompt = read_small(start[5:], pipes=True).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+            prompt = read_small(os.path.expanduser(start[5:]), pipes=True).decode("utf-8-sig")
+            prompt = prompt.replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as e:
             raise UserError(f"{start[5:]} is not UTF-8 at byte {e.start}; convert it first, for example with iconv"
                             ) from None

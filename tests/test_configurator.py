@@ -3,6 +3,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +16,7 @@ import os
 
 # first group
 name = "x"                  # a word
+note = ""                   # nothing by default
 size = 3                    # a number,
                             # and more about it
 # second group
@@ -44,7 +46,7 @@ def script(project):
     ([], "('x', 3, 0.5, False, None) [] 3 1.0"),
     (["--name=a=b", "--size", "7", "--rate=2", "--flag"], "('a=b', 7, 2.0, True, None)"),
     (["--flag", "False", "--limit=4"], "('x', 3, 0.5, False, 4)"),
-    (["--limit=4", "--limit=None", "--name=", "--size=-2"], "('', -2, 0.5, False, None)"),
+    (["--limit=4", "--limit=None", "--note=", "--size=-2"], "('x', -2, 0.5, False, None) ['limit', 'note', 'size']"),
     (["--size", "-2", "--rate=inf"], "('x', -2, inf, False, None)"),
     ([f"--size={2 ** 62}", "--share=2"], f"('x', {2 ** 62}, 0.5, False, None) ['share', 'size'] {2 ** 62} 2.0"),
     (["config/some.py"], "('x', 11, 3.0, False, None) ['rate', 'size'] 11"),
@@ -75,6 +77,7 @@ def test_help_is_read_from_the_source(script):
     assert printed.split("as name = value):\n")[1].strip("\n").splitlines() == [
         "first group",
         "  --name='x'                       str    a word",
+        "  --note=''                        str    nothing by default",
         "  --size=3                         int    a number,",
         "                                          and more about it",
         "",
@@ -102,6 +105,8 @@ def test_help_is_read_from_the_source(script):
     (["--limit=x"], ["limit expects int or None"]),
     (["--size"], ["--size needs a value"]),
     (["--name", "--size=1"], ["--name needs a value"]),
+    (["--name="], ["name is empty on the command line", "leave it out"]),
+    (["--name=To", "be"], ["unexpected 'be'", 'a value with spaces needs quotes, as in --start="To be"']),
     (["config/none.py"], ["config/none.py", "not found"]),
     (["config"], ["'config'", "--key=value", "end in .py"]),
     (["-size=3"], ["'-size=3'", "--key=value"]),
@@ -109,6 +114,17 @@ def test_help_is_read_from_the_source(script):
 def test_errors(script, arguments, words):
     error = script.fails("script.py", *arguments)
     assert all(word in error for word in words), error
+
+
+def test_home(script):
+    """The shell replaces ~ only at the start of a word."""
+    for argument, value in (("--name=~/a", "HOME/a"), ("--name=~", "~"), ("--name=a~/b", "a~/b")):
+        assert script.run("script.py", argument, env={"HOME": "HOME"}).startswith(f"('{value}', ")
+
+
+@pytest.mark.parametrize("arguments", [["--size", "3", "5"], ["--name", "To", "be"]])
+def test_no_pattern_is_suspected_where_no_files_are(script, arguments):
+    assert "expanding" not in script.fails("script.py", *arguments)
 
 
 @pytest.mark.parametrize("later", ["--siz=3", "--size=x", "--size", "config/none.py", "book.txt"])
@@ -141,7 +157,7 @@ def test_a_setting_that_cannot_be_represented(script, line):
     path = script.folder / "script.py"
     path.write_text(path.read_text().replace("compile = 1", f"{line}  #"))
     error = script.fails("script.py")
-    assert "script.py, line 14: " in error and "is not a setting" in error and "int, float, str or bool" in error
+    assert "script.py, line 15: " in error and "is not a setting" in error and "int, float, str or bool" in error
 
 
 def test_imports_and_functions_above_the_exec_are_no_settings(script):
@@ -191,11 +207,14 @@ def test_config_files_are_python(script, source, values):
     ("def f():\n    raise ValueError('two\\nlines')\n\nf()", ["config/bad.py, line 2: ValueError: two lines"]),
     ("open('none.txt')", ["config/bad.py, line 1: FileNotFoundError", "none.txt"]),
     ("size = 3\nexit()", ["config/bad.py, line 2: SystemExit"]),
+    ("exec(open('base.py').read())", ["unknown setting 'sise' in config/bad.py; did you mean size?"]),
+    ("globals()['sise'] = 3", ["unknown setting 'sise' in config/bad.py; did you mean size?"]),
     (b"name = '\xff'", ["config/bad.py is not UTF-8"]),
     (b"name = 'a\\ud800'", ["name expects str", "got 'a\\ud800' in config/bad.py, line 1"]),
     (b"name = '\0'", ["config/bad.py, line 1", "null bytes"]),
 ])
 def test_errors_in_config_files(script, source, words):
+    (script.folder / "base.py").write_text("sise = 3")
     (script.folder / "config" / "bad.py").write_bytes(source if isinstance(source, bytes) else source.encode())
     error = script.fails("script.py", "config/bad.py")
     assert all(word in error for word in words), error
@@ -255,6 +274,14 @@ def test_tracebacks_on_demand(ending, name):
     lines, code, _ = ENDINGS[name]
     done = ending(lines).finish("ending.py", env={"GPT_TRACEBACK": "1"})
     assert done.returncode == code and done.stderr.startswith("Traceback") and "ending.py" in done.stderr
+
+
+def test_a_python_without_the_packages(script):
+    """Such as that of the system, if the environment is not active."""
+    (script.folder / "script.py").write_text("import os\n" + EXECUTE + "import torch\n")
+    done = subprocess.run([sys.executable, "-S", "script.py"], cwd=script.folder, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {sys.executable} has no torch; activate the env")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_broken_pipe_ends_in_silence(ending):

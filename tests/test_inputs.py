@@ -8,6 +8,7 @@ import lzma
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -45,6 +46,8 @@ def test_compressed_text(project, name, compress):
     (project.folder / name).write_bytes(content[:-9])
     assert f"{name} is damaged" in project.fails("prepare.py", "--dataset=new", f"--input={name}")
     (project.folder / name).write_bytes(b"plain text")
+    assert f"{name} is damaged" in project.fails("prepare.py", "--dataset=new", f"--input={name}")
+    (project.folder / name).write_bytes(content + content[:-20].replace(content[:3], b"B" + content[1:3]))
     assert f"{name} is damaged" in project.fails("prepare.py", "--dataset=new", f"--input={name}")
     assert not (project.folder / "data" / "new").exists()
 
@@ -186,6 +189,41 @@ def test_standard_input(project):
         meta, train, val = read(project, "mine")
         assert load_tokenizer(meta["tokenizer"]).decode(train + val) == TEXT and meta["source"] == "standard input"
     assert sorted(p.name for p in (project.folder / "data" / "mine").iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_json_lines_from_a_pipe(project):
+    command = project.command("prepare.py", "--dataset=mine", "--input=-", HALF)
+    done = subprocess.run(command, cwd=project.folder, input=b'{"id": 1, "text": "some"}\n' * 20, capture_output=True)
+    assert done.returncode == 1 and done.stderr.startswith(b"error: this looks like JSON Lines with the field 'text'")
+    assert not (project.folder / "data" / "mine").exists()
+    done = subprocess.run(command, cwd=project.folder, input=b'{"id": 1, "words": "some"}\n' * 20, capture_output=True)
+    assert done.returncode == 0  # a text like any other
+
+
+def test_a_pattern_may_name_folders(project):
+    (project.folder / "texts" / "part").mkdir(parents=True)
+    (project.folder / "texts" / "a.txt").write_text(TWO[0])
+    (project.folder / "texts" / "part" / "b.txt").write_text(TWO[1])
+    assert documents(project, "--input=texts/*") == (TWO, "")
+
+
+def test_a_folder_that_cannot_be_read(project):
+    """Its texts are not left out in silence. (Whoever runs the tests may have the right to read every folder.)"""
+    (project.folder / "texts" / "part").mkdir(parents=True)
+    (project.folder / "texts" / "a.txt").write_text("some text")
+    source = (project.folder / "prepare.py").read_text(encoding="utf-8")
+    refuse = '''
+def scandir(path, real=os.scandir):
+    if str(path).endswith("part"):
+        raise PermissionError(13, "Permission denied", str(path))
+    return real(path)
+
+os.scandir = scandir
+
+def files_below('''
+    (project.folder / "prepare.py").write_text(source.replace("\ndef files_below(", refuse), encoding="utf-8")
+    error = project.fails("prepare.py", "--dataset=mine", "--input=texts", fresh=True)
+    assert error.endswith(f"{Path('texts', 'part')}: Permission denied\n")
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "gpt2"])

@@ -121,6 +121,19 @@ def test_sampled_finetuned_and_exported(project):
     torch.testing.assert_close(model(idx)[0], load_model(project.folder / "nano")[0](idx)[0])
 
 
+def test_a_character_dataset_without_its_characters(project):
+    folder = project.folder / "theirs"
+    folder.mkdir()
+    for name in ("train.bin", "val.bin"):
+        np.arange(9, dtype="<u2").tofile(folder / name)
+    assert "theirs has no meta.pkl" in project.fails("prepare.py", "--dataset=mine", "--input=theirs")
+    np.array([1, 2000], dtype="<u2").tofile(folder / "train.bin")  # a token of GPT-2
+    project.run("prepare.py", "--dataset=mine", "--input=theirs")
+    (folder / "val.bin").write_bytes(b"abc")
+    error = project.fails("prepare.py", "--dataset=mine", "--input=theirs")
+    assert "should hold two or more numbers of 2 bytes, but has 3 bytes" in error
+
+
 def test_padded_vocabulary(tmp_path):
     theirs = reference(50304, True)
     torch.save(nanogpt_checkpoint(theirs, True, "openwebtext"), tmp_path / "ckpt.pt")

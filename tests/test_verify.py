@@ -230,6 +230,16 @@ def test_verify_gradients_and_its_picture(project):
     assert "more than once" in project.fails("plot.py", "--what=gradients", "--json=g.json,g.json")
 
 
+def test_training_starts_without_a_gradient(verify_gradients):
+    """The first look at the gradient must not change it."""
+    models = [verify_gradients.build(model.Block, 2) for _ in range(2)]
+    verify_gradients.gradient_norms(models[0])
+    for one in models:
+        verify_gradients.train(one)
+    for a, b in zip(*(one.parameters() for one in models), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_verify_gradients_needs_no_fast_layers(project):
     (project.folder / "fast.py").unlink()
     printed = project.run("verify_gradients.py", "--steps=1", "--depths=2")
