@@ -834,6 +834,20 @@ def same_gelu(plain, fast):
     return same(y_fast, y, 1e-5) and same(gradient_fast, gradient, 1e-5)
 
 
+def given_heads(layer, device):
+    """The number of heads and their size in the queries, the keys and the values that the layer gives to `attend`."""
+    found = []
+
+    def attend(q, k, v, positions):
+        found.extend((x.size(1), x.size(3)) for x in (q, k, v))
+        return type(layer).attend(layer, q, k, v, positions)
+
+    layer.attend = attend
+    layer(torch.zeros(1, 1, layer.c_proj.out_features, device=device, dtype=layer.c_proj.weight.dtype))
+    del layer.attend
+    return found
+
+
 @torch.enable_grad()
 def same_attention(layer, fast, block_size, g, device):
     """Whether an attention of the class `fast` has the same outputs and gradients as this layer. They are compared in
@@ -846,13 +860,14 @@ def same_attention(layer, fast, block_size, g, device):
     for module in layer.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    heads = given_heads(layer, device)
     new = twin(layer, fast)
     # A whole sequence, and a chunk and a single token after a long prefix. The factors 6 and 60 make large scores.
     # Together they reveal a limit on the scores or on the distance, if someone has added one to model.py.
     for T, S, size in ((min(16, block_size), min(16, block_size), 6), (min(5, block_size), block_size, 6),
                        (1, block_size, 6), (1, block_size, 60)):
-        q, k, v = (torch.randn(1, layer.n_head, n, layer.c_proj.in_features // layer.n_head, generator=g).to(device)
-                   for n in (T, S, S))
+        q, k, v = (torch.randn(1, n_head, n, hs, generator=g).to(device)
+                   for n, (n_head, hs) in zip((T, S, S), heads, strict=True))
         q, positions = size * q, torch.arange(S - T, S, device=device)
         for training in (False, True) if fast is FusedAttention and T == S else (False,):
             found = []

@@ -59,6 +59,12 @@ class CausalSelfAttention""", 1)],
         (r"^( +)(self\.n_head = config\.n_head)$",
          r"\1\2\n\1self.q_norm, self.k_norm = (nn.RMSNorm(config.n_embd // config.n_head) for _ in range(2))", 1),
         (BEFORE_CACHE, r"\1q, k = self.q_norm(q), self.k_norm(k)\n\1\2", 1)],
+    "queries and keys twice as wide, and the old scale": [
+        (r"3 \* config\.n_embd, bias", "5 * config.n_embd, bias", 1),
+        (r"\.split\(C, dim=2\)", ".split((2 * C, 2 * C, C), dim=2)", 1),
+        (r"z\.view\(B, T, self\.n_head, C // self\.n_head\)", "z.view(B, T, self.n_head, -1)", 1),
+        (r"math\.sqrt\(q\.size\(-1\)\)", "math.sqrt(8)", 1),  # n_embd / n_head
+        (r"self\.k = \[torch\.zeros\(shape", "self.k = [torch.zeros((*shape[:3], 2 * shape[3])", 1)],
     # The last one computes the same in other words, and shows that only a difference keeps a model from being exported.
     "GELU by its formula": [
         (r"self\.gelu = .*", "self.gelu = WrittenGELU()", 1),
@@ -71,7 +77,8 @@ class WrittenGELU(nn.Module):
 class MLP""", 1)],
 }
 HARMLESS = "GELU by its formula"
-STAYS_PLAIN = "a soft cap on the scores", "a learned slope for each head, 0 at the start"  # fast.py says so
+STAYS_PLAIN = ("a soft cap on the scores", "a learned slope for each head, 0 at the start",  # fast.py says so
+               "queries and keys twice as wide, and the old scale")
 WITH_CPP = "rotary positions"  # torch.compile goes all the way to C++, which takes long, for this one alone
 
 
@@ -140,7 +147,7 @@ def assert_maps_explain_outputs(model, idx, tolerance):
     """The attention maps, applied to the values that each layer computes, give what the layer hands to c_proj."""
     values, outputs, hooks = [], [], []
     for block in model.h:
-        hooks += [block.attn.c_attn.register_forward_hook(lambda _, args, out: values.append(out.chunk(3, dim=-1)[2])),
+        hooks += [block.attn.c_attn.register_forward_hook(lambda _, x, out: values.append(out[..., -x[0].size(-1):])),
                   block.attn.c_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))]
     model(idx)
     for hook in hooks:
