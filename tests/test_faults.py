@@ -439,9 +439,9 @@ def test_files_of_others_stay_where_they_are(trained):
     assert (folder / "notes.tmp").read_text() == "precious" and not (trained.folder / "others.1").exists()
 
 
-@pytest.mark.parametrize("folder", [".", ""])
-def test_a_run_does_not_take_the_current_folder(trained, folder):
-    assert "a folder for this run alone" in trained.fails("train.py", *TINY, "--max_iters=2", f"--out_dir={folder}")
+@pytest.mark.parametrize("folder, words", [(".", "a folder for this run alone"), ("", "out_dir is empty")])
+def test_a_run_does_not_take_the_current_folder(trained, folder, words):
+    assert words in trained.fails("train.py", *TINY, "--max_iters=2", f"--out_dir={folder}")
     assert not (trained.folder / "log.csv").exists()
 
 
