@@ -430,11 +430,13 @@ def probe(model):
     was_training, precision = model.training, torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # without TF32
     try:
-        logits, loss = model.eval()(ids[:, :-1], ids[:, 1:])
+        logits, loss = model.eval()(ids[:, :-1], ids[:, 1:])[:2]  # a changed model.py may return more
     finally:
         model.train(was_training)
         torch.set_float32_matmul_precision(precision)
-    return torch.cat((logits[0, :, :64].flatten(), loss[None])).float().cpu()
+    logits = logits[0, :, :64].flatten()
+    logits = logits.masked_fill(logits == -math.inf, 0.0)  # of tokens that are never chosen
+    return torch.cat((logits, loss[None])).float().cpu()
 
 
 def check_probe(model, checkpoint, path):

@@ -822,7 +822,9 @@ def same(a, b, tolerance=None):
     """Whether two tensors agree, by default within the rounding of float32, which is coarser on some devices than on a
     CPU."""
     tolerance = tolerance or (1e-4 if a.device.type == "cpu" else 1e-3)
-    return bool((a.float() - b.float()).abs().max() <= tolerance * max(1.0, b.abs().max().item()))
+    a, b = a.float(), b.float()
+    difference = torch.where(a == b, 0.0, (a - b).abs())  # -inf, of a token that is never chosen, equals itself
+    return bool(difference.max() <= tolerance * max(1.0, b.masked_fill(b == -math.inf, 0.0).abs().max().item()))
 
 
 @torch.enable_grad()
@@ -939,7 +941,7 @@ def replace(model, plain, fast):
 
 def replace_head(model):
     """Replaces lm_head by a PaddedLinear, if the vocabulary is no multiple of 64 already."""
-    head = model.lm_head
+    head = getattr(model, "lm_head", None)
     if type(head) is nn.Linear and head.bias is None and head.out_features % 64:
         if computes_the_same(head, PaddedLinear, model.config.block_size):
             become(head, PaddedLinear)
@@ -1015,7 +1017,8 @@ def for_inference(model, dtype="float32", compile=False):
     ids = torch.arange(min(8, model.config.block_size), device=device)[None] % model.config.vocab_size
     expected = model(ids)[0] if dtype == "int8" else None
     before = {module: module.weight for module in model.modules() if type(module) is nn.Linear}
-    was_tied = getattr(model.lm_head, "weight", None) is model.wte.weight
+    head = getattr(model, "lm_head", None)  # a changed model.py may have none
+    was_tied = getattr(head, "weight", None) is model.wte.weight
     if dtype == "int8":
         if not compile:
             replace(model, nn.Linear, Int8KernelLinear)
@@ -1031,7 +1034,7 @@ def for_inference(model, dtype="float32", compile=False):
         undo = True
     if undo:  # a changed model.py uses a weight directly, which has another layout now
         for layer, weight in before.items():
-            if layer is model.lm_head:
+            if layer is head:
                 stay_plain(nn.Linear, type(layer))
             layer.__class__, layer.weight = nn.Linear, weight
             layer._buffers.pop("scale", None)
@@ -1039,7 +1042,7 @@ def for_inference(model, dtype="float32", compile=False):
                 vars(layer).pop(name, None)
     mix_in(Prepared, model)
     model.prepared_as = dtype, compile
-    model.was_tied = was_tied and model.lm_head.weight is not model.wte.weight
+    model.was_tied = was_tied and head.weight is not model.wte.weight
     return model
 
 

@@ -128,10 +128,12 @@ class Muon(torch.optim.Optimizer):
 def hidden_matrices(model):
     """The weights of all linear layers but the output layer, {parameter: how many matrices are stacked in it}."""
     embeddings = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    found = {m.weight: 1 for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head}
+    head = getattr(model, "lm_head", None)  # a changed model.py may have none, nor c_attn
+    found = {m.weight: 1 for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head}
     for m in model.modules():
-        if isinstance(m, CausalSelfAttention) and m.c_attn.out_features == 3 * m.c_attn.in_features:
-            found[m.c_attn.weight] = 3  # the queries', the keys' and the values'
+        c_attn = getattr(m, "c_attn", None) if isinstance(m, CausalSelfAttention) else None
+        if isinstance(c_attn, torch.nn.Linear) and c_attn.out_features == 3 * c_attn.in_features:
+            found[c_attn.weight] = 3  # the queries', the keys' and the values'
     return {p: parts for p, parts in found.items() if p not in embeddings}
 
 

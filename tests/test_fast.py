@@ -1405,3 +1405,10 @@ def test_the_caches_are_of_one_kind():
     methods = {name for name in vars(KVCache) if not name.startswith("__")}
     assert methods == {"nbytes", "positions", "append", "reset", "repeat"}
     assert StaticCache(GPTConfig(block_size=8, n_layer=2, n_head=2, n_embd=8), 3, 4).nbytes == 2 * 2 * 3 * 4 * 8 * 4
+
+
+def test_minus_infinity_is_the_same_as_itself_only():
+    """The logit of a token that is never chosen."""
+    a = torch.tensor([1.0, -math.inf])
+    assert fast.same(a, a) and not fast.same(a, torch.tensor([1.0, 2.0])) and not fast.same(torch.tensor([1.0, 2.0]), a)
+    assert not fast.same(a, torch.tensor([1.1, -math.inf])) and not fast.same(a / 0 * 0, a)

@@ -132,7 +132,8 @@ def test_any_command_line_is_a_configuration_or_one_sentence(tmp_path, arguments
 
 @given(count=st.integers(-2 ** 63, 2 ** 63 - 1), flag=st.booleans(),
        rate=st.floats(-3e38, 3e38) | st.sampled_from([math.inf, -math.inf]),  # more is no float32
-       name=st.text(min_size=1).filter(lambda name: "\0" not in name and not name.startswith("~/")), maybe=st.none() | st.integers(-5, 5))
+       name=st.text(min_size=1).filter(lambda name: "\0" not in name and not name.startswith("~/")),
+       maybe=st.none() | st.integers(-5, 5))
 def test_what_is_given_is_what_a_script_gets(tmp_path, count, rate, name, flag, maybe):
     chosen = {"count": count, "rate": rate, "name": name, "flag": flag, "maybe": maybe}
     assert configure(tmp_path, [f"--{k}={v}" for k, v in chosen.items()]) == chosen

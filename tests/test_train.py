@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from conftest import TEXT, TINY
+from conftest import TEXT, TINY, with_model
 
 LOSSES = ["iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm"]  # all columns but the clock's
 
@@ -343,3 +343,18 @@ def test_a_new_key_of_the_config_is_a_setting(project):
     assert checkpoint["model_config"]["width"] == 3 and checkpoint["model"]["h.0.mlp.c_fc.weight"].shape == (96, 32)
     project.run("sample.py", "--max_new_tokens=5")
     assert "latest.pt has width=3, not 2" in project.fails("train.py", "--init_from=resume", "--width=2")
+
+
+@pytest.mark.parametrize("changes", [
+    [("self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)",
+      "self.q, self.k, self.v = (nn.Linear(config.n_embd, config.n_embd) for _ in range(3))"),
+     ("self.c_attn(x).split(C, dim=2)", "self.q(x), self.k(x), self.v(x)")],
+    [("        self.lm_head.weight = self.wte.weight", "        del self.lm_head"),
+     ("self.lm_head(self.ln_f(x))", "F.linear(self.ln_f(x), self.wte.weight)")],
+    [("ignore_index=-1)", "ignore_index=-1), x")]], ids=["three layers for q, k, v", "no lm_head", "more outputs"])
+def test_a_change_trains_resumes_and_writes(tmp_path, trained, changes):
+    project = with_model(tmp_path, trained, *changes)
+    project.run("train.py", *TINY, "--max_iters=2")
+    project.run("train.py", "--init_from=resume", "--max_iters=4")
+    for dtype in ("float32", "int8"):
+        assert project.run("sample.py", f"--dtype={dtype}", "--start=The", "--max_new_tokens=5").startswith("The")
