@@ -823,7 +823,7 @@ def same(a, b, tolerance=None):
     CPU."""
     tolerance = tolerance or (1e-4 if a.device.type == "cpu" else 1e-3)
     a, b = a.float(), b.float()
-    difference = torch.where(a == b, 0.0, (a - b).abs())  # -inf, of a token that is never chosen, equals itself
+    difference = (a - b).abs().masked_fill(a == b, 0.0)  # -inf, of a token that is never chosen, equals itself
     return bool(difference.max() <= tolerance * max(1.0, b.masked_fill(b == -math.inf, 0.0).abs().max().item()))
 
 
