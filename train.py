@@ -165,8 +165,8 @@ def window_starts(epoch):
 
 
 def get_batch(step):
-    """The inputs and targets (micro_steps * micro_batch, T) of this process in a step. They depend only on the
-    seed and on how many sequences came before. So they are the same after a resume, and for any number of processes."""
+    """The inputs and targets (micro_steps * micro_batch, T) of this process in a step. They depend only on the seed
+    and on how many sequences came before, so a resumed run and any number of processes read the same ones."""
     mine = sequences // world_size
     first = extra // block_size + step * sequences + distributed.rank * mine  # extra: see progress()
     starts = np.array([window_starts(i // windows)[i % windows] for i in range(first, first + mine)])
