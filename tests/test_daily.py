@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import subprocess
+import xml.dom.minidom
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,9 @@ def test_bits_per_byte(project, tokenizer):
     assert said == pytest.approx([*found, min(found[1:])], abs=1e-4)  # of each evaluation, and of the best model
     project.run("plot.py", "--what=loss", "--y=bits", "--file=bits.svg")
     assert f"at the end {found[-1]:.3f}" in (project.folder / "bits.svg").read_text()
+    (project.folder / "out").rename(project.folder / "form\ffeed")  # XML cannot hold this character
+    project.run("plot.py", "--what=loss", "--out_dir=form\ffeed", "--file=feed.svg")
+    xml.dom.minidom.parse(str(project.folder / "feed.svg"))
 
 
 # --- the probe ---

@@ -898,6 +898,22 @@ def test_a_fault_at_every_change_of_a_file_in_exporting(trained, how):
     assert n > 8
 
 
+@pytest.mark.parametrize("event, words", [("raise KeyboardInterrupt", ""),
+                                          ("shutil.rmtree(partial)", "another export")])
+def test_an_export_that_is_stopped_leaves_nothing(trained, tmp_path, event, words):
+    """By Ctrl-C, or by another export to the same folder, which removes the files of this one."""
+    line = "            write_atomically(partial / name, data)\n"
+    source = (trained.folder / "checkpoint.py").read_text(encoding="utf-8")
+    assert source.count(line) == 1
+    project = Project(tmp_path)
+    (project.folder / "checkpoint.py").write_text(
+        source.replace(line, f"{line}            if name == 'model.safetensors':\n                {event}\n"),
+        encoding="utf-8")
+    done = project.finish("checkpoint.py", f"--out_dir={trained.folder / 'out'}", "--export=exported")
+    assert done.returncode == (1 if words else 130) and words in done.stderr
+    assert not [path.name for path in project.folder.iterdir() if "exported" in path.name]
+
+
 # --- datasets ---
 
 def dataset(project, text=TEXT, name="mine"):

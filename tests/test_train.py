@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, load_model, save_checkpoint
+from checkpoint import load_checkpoint, load_model, probe, save_checkpoint
 from conftest import TEXT, TINY, with_model
+from files import UserError
+from model import GPT, GPTConfig
 
 LOSSES = ["iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm"]  # all columns but the clock's
 
@@ -343,6 +345,21 @@ def test_a_new_key_of_the_config_is_a_setting(project):
     assert checkpoint["model_config"]["width"] == 3 and checkpoint["model"]["h.0.mlp.c_fc.weight"].shape == (96, 32)
     project.run("sample.py", "--max_new_tokens=5")
     assert "latest.pt has width=3, not 2" in project.fails("train.py", "--init_from=resume", "--width=2")
+
+
+def test_a_checkpoint_with_the_tokenizer_of_another_model(trained, tmp_path):
+    checkpoint = load_checkpoint(trained.folder / "out" / "best.pt")
+    save_checkpoint(tmp_path / "best.pt", checkpoint | {"tokenizer": {"kind": "gpt2"}})
+    with pytest.raises(UserError, match="its tokenizer has 50257 tokens, but its model "):
+        load_model(tmp_path)
+
+
+def test_a_probe_of_tokens_that_are_never_chosen():
+    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4)).eval()
+    before = probe(model)
+    model.lm_head.register_forward_hook(lambda _, x, logits: logits.index_fill(-1, torch.tensor([1]), -math.inf))
+    after = probe(model)
+    assert torch.equal(after[1:-1:9], torch.zeros(8)) and torch.equal(after[:-1:9], before[:-1:9])
 
 
 @pytest.mark.parametrize("changes", [
