@@ -12,8 +12,7 @@ Both change the model in place and return it: a layer's class becomes a subclass
     nn.Dropout on a CPU    FastDropout       16 random bits decide as well as a float, and cost less        1.6x
     nn.GELU on a CPU       FastGELU          in float32, GELU is faster with a sigmoid than with tanh       1.6x
     nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.2x
-                           PackedLinear      a large weight is stored in the order in which oneDNN reads it 1.4x
-                           SplitLinear       (but with AVX2, MKL multiplies one row faster, in large parts) 2.0x
+                           SplitLinear       MKL multiplies one row faster if each thread has its own part  2.0x
     nn.Linear              Int8Linear        a weight takes one byte instead of four                        3.6x
                            Int8KernelLinear  not compiled: a kernel reads each weight once, as int8         2.2x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              1.5x
@@ -28,7 +27,7 @@ Both change the model in place and return it: a layer's class becomes a subclass
 The gains above are from two cores of an AMD EPYC (Zen 3), each the median of one to six runs, with three exceptions.
 Those of bfloat16 and of memory are from a Zen 4. Those of a training step on CUDA are from an NVIDIA H200:
 docs/scaling.md and docs/training.md have the commands. PaddedLinear gains almost nothing if the step is compiled.
-oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gains of PackedLinear, SplitLinear and
+oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gains of SplitLinear and
 Int8KernelLinear are those of a single row. The compiled step (in float32) and Int8Linear (compiled) are compared with
 what is not compiled, in float32. Int8KernelLinear is compared with Int8Linear (not compiled). The gain of kept memory
 is that of a training step on byte pairs, with and without the call of keep_memory:
@@ -39,10 +38,11 @@ The gains of attention, dropout and GELU are measured without it. With it, Fused
 that it saves then costs less time.
 
 model.py has the last word. Only layers of exactly the class in the table are replaced. Before that, each attention, one
-GELU and one linear layer are compared with their replacements. (Dropout is random, so only the tests compare it.) If
-they differ, because someone has changed model.py, the plain layer stays, and one line on standard error says so.
-flat_step is compared with GPT.forward in the same way, when it first runs, and steps aside if a module has a hook. The
-compiled step runs GPT.forward itself.
+GELU and one linear layer are compared with their replacements. (Dropout is random, so only the tests compare it.) The
+outputs of the whole model are compared before and after its attention is replaced. If something differs, because
+someone has changed model.py, the plain layer stays, and one line on standard error says so. flat_step is compared with
+GPT.forward in the same way, when it first runs, and steps aside if a module has a hook. The compiled step runs
+GPT.forward itself.
 """
 import os
 
@@ -275,60 +275,19 @@ class FastLinear(nn.Linear):
         return super().forward(x)
 
 
-class PackedLinear(FastLinear):
-    """A linear layer whose float32 weight is stored in blocks, in the order in which oneDNN reads it for few rows. Only
-    oneDNN can read this layout, so the state dict and copies of the layer hold the ordinary one. A small weight is not
-    worth it: PyTorch's own layer has multiplied one row before a call of oneDNN gets to work."""
+class SplitLinear(FastLinear):
+    """A large linear layer that multiplies a single row by torch.bmm, in which each thread takes a part of the float32
+    weight. PyTorch has nothing faster for one row. Memory is read faster if the rows of a part are long. So a weight
+    with at least as many inputs as outputs is split by outputs. Any other is stored as its transpose (in, out) and
+    split by inputs, and the outputs of the parts are added. The price is that oneDNN takes somewhat longer for several
+    rows."""
 
-    smallest = 2 ** 18  # weights in the smallest layer that is packed
+    smallest = 2 ** 18  # weights in the smallest layer that is worth it
 
     @classmethod
     def suits(cls, layer):
         """Whether the layer is large enough."""
         return layer.weight.numel() >= cls.smallest
-
-    def prepare(self):
-        """Reorders the weight."""
-        weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 64)  # for inputs of up to 64 rows
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def unpacked(self):
-        """The weight in the ordinary layout."""
-        return nn.Parameter(self.weight.to_dense(), requires_grad=False)
-
-    def forward(self, x):
-        """x (..., in) -> (..., out)."""
-        rows = x.reshape(-1, x.size(-1))
-        n = len(rows)
-        # With AVX-512, oneDNN reads the weight faster for six rows than for fewer, so these are repeated.
-        if INSTRUCTIONS == "AVX512" and n in (1, 2, 3):
-            rows = rows.expand(6, -1) if n == 1 else rows.repeat(6 // n, 1)  # expand makes no copy
-        y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
-        return y[:n].view(*x.shape[:-1], self.out_features)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.unpacked().detach()
-
-    def __getstate__(self):
-        return self.__dict__ | {"_parameters": self._parameters | {"weight": self.unpacked()}}
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self.prepare()
-
-
-class SplitLinear(FastLinear):
-    """A linear layer that multiplies a single row by torch.bmm, in which each thread takes a part of the float32
-    weight. With AVX2, PyTorch has nothing faster for that. Memory is read faster if the rows of a part are long. So a
-    weight with at least as many inputs as outputs is split by outputs. Any other is stored as its transpose (in, out)
-    and split by inputs, and the outputs of the parts are added. Several rows take longer than with PackedLinear: 64
-    rows, times a weight that is stored as its transpose, 1.7 times as long (see measure)."""
-
-    @staticmethod
-    def suits(layer):
-        """Whether the layer is large enough."""
-        return PackedLinear.suits(layer)
 
     def prepare(self):
         """Splits the weight. Its shape stays (out, in)."""
@@ -351,7 +310,7 @@ class SplitLinear(FastLinear):
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         if x.shape[:-1] != (1, 1):
-            many = x.numel() >= 128 * x.size(-1)  # rows for which MKL is faster than oneDNN
+            many = INSTRUCTIONS == "AVX2" and x.numel() >= 128 * x.size(-1)  # rows for which MKL is faster than oneDNN
             return F.linear(x, self.weight, self.bias) if many else super().forward(x)
         # The row of one token. The weights push all else out of the processor's caches, so even a small operation takes
         # long here, and there are as few as possible.
@@ -363,13 +322,9 @@ class SplitLinear(FastLinear):
     def __getstate__(self):
         return {name: value for name, value in self.__dict__.items() if name not in ("parts", "start")}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state):  # so the parts of a copy are in the memory of its weight, too
         super().__setstate__(state)
         self.prepare()
-
-
-# What large layers become in float32 if the model is not compiled. It depends on the processor.
-EagerLinear = SplitLinear if INSTRUCTIONS == "AVX2" and torch.backends.mkl.is_available() else PackedLinear
 
 
 class PaddedLinear(nn.Linear):
@@ -475,9 +430,10 @@ def compared_step(model):
 
 def same_steps(model, plain_step):
     """Whether flat_step computes what plain_step does, for the first position and for the last, where the cache holds
-    random keys and values."""
-    g, token = torch.Generator().manual_seed(0), torch.zeros(1, dtype=torch.long, device=model.wte.weight.device)
-    cache = model.new_cache(1)
+    random keys and values, and for up to 64 tokens, among them the first and the last of the vocabulary."""
+    V, g = model.config.vocab_size, torch.Generator().manual_seed(0)
+    token = torch.linspace(0, V - 1, V if V <= 64 else 2).long().to(model.wte.weight.device)
+    cache = model.new_cache(len(token))
     k, v = (6 * torch.randn(cache.k[0].shape, generator=g).to(cache.k[0]) for _ in range(2))
     cache.k, cache.v = [k] * len(cache.k), [v] * len(cache.v)
     step = flat_step(model)
@@ -639,7 +595,7 @@ def compare_step(step, model, cache):
     """Compares a compiled step with model.py's: for the first two positions and for the last, where the cache holds
     random keys and values. UserError if they differ."""
     B, capacity = cache.k[0].size(0), cache.capacity
-    caches = model.new_cache(B, capacity), KVCache(model.config, B, capacity, dtype=cache.k[0].dtype)
+    caches = model.new_cache(B, capacity), super(Prepared, model).new_cache(B, capacity)
     g, vocab_size = torch.Generator().manual_seed(0), model.config.vocab_size
     for i in (0, 1, 2)[:capacity]:
         if i == 2:
@@ -747,6 +703,9 @@ class Prepared:
             if self in flat_steps and flat_steps[self][2] != [*self.modules()][1:]:
                 del flat_steps[self]  # someone has exchanged a layer
             return super().new_cache(batch_size, length)
+        if (cls := type(super().new_cache(1, 1))) is not KVCache:
+            raise UserError("compiled decoding has a cache of its own, and model.py was changed to use "
+                            f"{cls.__name__}; leave --compile out")
         if length is not None and 0 < length <= self.config.block_size and self.wte.weight.is_cuda:
             length = min(self.config.block_size, 2 ** (length - 1).bit_length())
         return StaticCache(self.config, batch_size, length, self.wte.weight.device, self.wte.weight.dtype,
@@ -756,8 +715,10 @@ class Prepared:
         """The model's own decode_one_token."""
         return super().decode_one_token(token, cache)
 
-    def decode_one_token(self, token, cache):
-        """The flat step or, with a StaticCache, the compiled one."""
+    def decode_one_token(self, token, cache, *args, **kwargs):
+        """The flat step or, with a StaticCache, the compiled one. They know no further arguments."""
+        if args or kwargs:
+            return super().decode_one_token(token, cache, *args, **kwargs)
         if not isinstance(cache, StaticCache):
             if self not in flat_steps:
                 hooks = [d for m in self.modules() for d in (m._forward_pre_hooks, m._forward_hooks)]
@@ -802,7 +763,7 @@ def twin(layer, fast):
 def become(layer, fast):
     """Gives the layer the class `fast`, in place, and its weight the layout that the class needs."""
     layer.__class__ = fast
-    if issubclass(fast, (PackedLinear, SplitLinear, Int8Linear)):
+    if issubclass(fast, (SplitLinear, Int8Linear)):
         layer.prepare()
     return layer
 
@@ -825,6 +786,17 @@ def same(a, b, tolerance=None):
     a, b = a.float(), b.float()
     difference = (a - b).abs().masked_fill(a == b, 0.0)  # -inf, of a token that is never chosen, equals itself
     return bool(difference.max() <= tolerance * max(1.0, b.masked_fill(b == -math.inf, 0.0).abs().max().item()))
+
+
+@contextlib.contextmanager
+def in_full_precision():
+    """Without TF32, whose rounding would hide small differences."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 @torch.enable_grad()
@@ -887,26 +859,30 @@ def same_attention(layer, fast, block_size, g, device):
 
 def same_dropout(layer, inputs):
     """Whether attn_dropout, and no other dropout, acts on the weights of this attention. Compares on the CPU. A dropout
-    of 1 makes the output zero, and the others, at 1, change nothing."""
-    layer, inputs = copy.deepcopy(layer).cpu().train(), [x.cpu() for x in inputs]
+    of 1 makes the output zero, and the others, at 1, change nothing. If all features of a value are equal, dropout of
+    the weights leaves those of an output equal. Dropout of the values or of the output does not."""
+    layer, (q, k, v, positions) = copy.deepcopy(layer).cpu().train(), [x.cpu() for x in inputs]
     used = [module for module in layer.modules() if isinstance(module, nn.Dropout) and module.p > 0.0]
-
-    def output(dropped):
-        for module in used:
-            module.p = float(module in dropped)
-        return layer.attend(*inputs)
-
     others = [module for module in used if module is not layer.attn_dropout]
-    nothing = output([layer.attn_dropout])
-    return same(output(others), output([])) and (len(others) == len(used) or not nothing.any())
+
+    def output(dropped, p=1.0, v=v):
+        for module in used:
+            module.p = p * (module in dropped)
+        return layer.attend(q, k, v, positions)
+
+    if not same(output(others), output([])):
+        return False
+    if len(others) == len(used):
+        return True
+    with torch.random.fork_rng(devices=[]):
+        some = output([layer.attn_dropout], 0.5, v[..., :1].expand(v.shape))
+    return not output([layer.attn_dropout]).any() and same(some, some[..., :1].expand(some.shape))
 
 
 def computes_the_same(layer, fast, block_size):
     """Whether a layer of the class `fast` computes the same as this one. False if one of them raises an exception."""
     g, device = torch.Generator().manual_seed(0), next(layer.parameters(), torch.empty(0)).device
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # without TF32, whose rounding would hide small differences
-    try:
+    with contextlib.suppress(Exception), in_full_precision():
         new = twin(layer, fast)
         if isinstance(layer, nn.GELU):
             return same_gelu(layer, new)
@@ -920,10 +896,7 @@ def computes_the_same(layer, fast, block_size):
                 x, tolerance = x.bfloat16().float(), 2 ** -8  # only the outputs need to be rounded now
             return all(same(new(rows), layer(rows), tolerance) for rows in (x, x[:1], x[None, :1]))
         return same_attention(layer, fast, block_size, g, device)
-    except Exception:
-        return False
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    return False
 
 
 def replace(model, plain, fast):
@@ -932,11 +905,44 @@ def replace(model, plain, fast):
     layers, one is enough. Dropout is random, so only the tests compare it."""
     layers = [module for module in model.modules()
               if type(module) is plain and (not hasattr(fast, "suits") or fast.suits(module))]
-    compared = [] if fast is FastDropout else layers if plain is CausalSelfAttention else layers[:1]
+    attention = plain is CausalSelfAttention
+    compared = [] if fast is FastDropout else layers if attention else layers[:1]
     if not all(computes_the_same(layer, fast, model.config.block_size) for layer in compared):
         return stay_plain(plain, fast)
+    expected = outputs(model) if attention and layers else None
     for layer in layers:
         become(layer, fast)
+    tolerance = None if model.wte.weight.dtype == torch.float32 else 0.05
+    if expected is not None and not same_outputs(outputs(model), expected, tolerance):
+        for layer in layers:
+            become(layer, plain)
+        stay_plain(plain, fast)
+
+
+def outputs(model):
+    """The tensors that the model's forward returns for a few tokens, among them the first and the last of the
+    vocabulary. Or None, if it raises an exception. Alone, an attention layer does not show what the model may set in it
+    there, such as a mask that depends on the tokens. The model's buffers stay as they are."""
+    config, device = model.config, model.wte.weight.device
+    ids = torch.arange(min(64, config.block_size), device=device) % config.vocab_size
+    ids[len(ids) // 3], ids[len(ids) // 2] = 0, config.vocab_size - 1
+    buffers = [(module, name, t, t.clone()) for module in model.modules() for name, t in module._buffers.items()
+               if t is not None]
+    with torch.random.fork_rng(devices=[]), in_full_precision():
+        torch.default_generator.manual_seed(0)  # someone may add noise
+        try:
+            return [x for x in model(ids[None], ids[None]) if isinstance(x, torch.Tensor)]
+        except Exception:
+            return None
+        finally:
+            for module, name, t, before in buffers:
+                module._buffers[name] = t.copy_(before)
+
+
+def same_outputs(found, expected, tolerance):
+    """Whether two results of `outputs` agree."""
+    return (found is not None and [x.shape for x in found] == [x.shape for x in expected]
+            and all(same(a, b, tolerance) for a, b in zip(found, expected, strict=True)))
 
 
 def replace_head(model):
@@ -1025,8 +1031,9 @@ def for_inference(model, dtype="float32", compile=False):
         replace(model, nn.Linear, Int8Linear)  # those that are left
     elif compile:
         replace(model, nn.Linear, FastLinear)
-    elif dtype == "float32" and device.type == "cpu" and torch.backends.mkldnn.is_available():
-        replace(model, nn.Linear, EagerLinear)
+    elif (dtype == "float32" and device.type == "cpu"
+          and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        replace(model, nn.Linear, SplitLinear)
     try:
         logits = model(ids)[0]
         undo = expected is not None and not same(logits, expected, 0.3)  # int8 changes far less than that
@@ -1094,20 +1101,17 @@ def measure():
     gelu, x = nn.GELU(approximate="tanh"), torch.randn(14, 128, 512, requires_grad=True)
     compare("FastGELU: training in float32", trainer(gelu, x, None), trainer(twin(gelu, FastGELU), x, None))
     linear = nn.Linear(768, 3072)
-    packed, row, rows = twin(linear, PackedLinear), torch.randn(1, 768), torch.randn(64, 768)
+    split, row, rows = twin(linear, SplitLinear), torch.randn(1, 1, 768), torch.randn(64, 768)
     with torch.no_grad():
         fast = twin(linear, FastLinear)
         compare("FastLinear: 64 rows in float32", lambda: linear(rows), lambda: fast(rows))
-        compare("PackedLinear: 1 row in float32", lambda: linear(row), lambda: packed(row))
-        compare("PackedLinear: 64 rows in float32", lambda: linear(rows), lambda: packed(rows))
-        split, one = twin(linear, SplitLinear), row[None]
-        compare("SplitLinear: 1 row in float32", lambda: linear(one), lambda: split(one))
+        compare("SplitLinear: 1 row in float32", lambda: linear(row), lambda: split(row))
         compare("SplitLinear: 64 rows in float32", lambda: linear(rows), lambda: split(rows))
-        int8, kernel, row = twin(linear, Int8Linear), twin(linear, Int8KernelLinear), torch.randn(1, 768)
+        int8, kernel = twin(linear, Int8Linear), twin(linear, Int8KernelLinear)
         compare("Int8KernelLinear: 1 row, against Int8Linear", lambda: int8(row), lambda: kernel(row))
         small = nn.Linear(128, 512)  # a layer of config/train_shakespeare_char.py
-        packed_small, row = twin(small, PackedLinear), torch.randn(1, 128)
-        compare("PackedLinear: 1 row and a weight too small for it", lambda: small(row), lambda: packed_small(row))
+        split_small, row = twin(small, SplitLinear), torch.randn(1, 1, 128)
+        compare("SplitLinear: 1 row and a weight too small for it", lambda: small(row), lambda: split_small(row))
     token = torch.zeros(1, dtype=torch.long)
 
     def decode(gpt, step=None):
