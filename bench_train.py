@@ -135,15 +135,16 @@ def measured_memory():
 def memory_by_formula():
     """The same by counting; docs/scaling.md explains the terms. A compiled model keeps less, and computes some anew."""
     c, T = train.raw_model.config, train.block_size
+    dropout = getattr(c, "dropout", 0)  # a changed model.py may have none
     P = train.raw_model.num_parameters()
     matrices = 12 * c.n_layer * c.n_embd ** 2  # numbers in the blocks' matrices
     size = 4 if train.dtype == "float32" else 2  # bytes of a number in the dtype of matrix multiplications
     layer = 8 * c.n_embd + 14 * size * c.n_embd  # bytes a token
-    if train.device.type == "cpu" and (train.dtype == "bfloat16" or c.dropout):  # attention's weights, written out
-        layer += size * c.n_head * T * (3 if c.dropout else 1)
-    if c.dropout:
+    if train.device.type == "cpu" and (train.dtype == "bfloat16" or dropout):  # attention's weights, written out
+        layer += size * c.n_head * T * (3 if dropout else 1)
+    if dropout:
         layer += 2 * size * c.n_embd
-    ends = (4 + size + (4 if c.dropout else 0)) * c.n_embd + 4 * c.vocab_size
+    ends = (4 + size + (4 if dropout else 0)) * c.n_embd + 4 * c.vocab_size
     copies = 0 if size == 4 else size * (matrices + c.vocab_size * c.n_embd)  # of the matrices, in 16 bits
     shards = world_size if train.strategy == "fsdp" else 1
     if train.strategy == "fsdp":  # a block is freed after use; embeddings and last norm stay for the backward pass

@@ -291,14 +291,22 @@ def model_config(fields, path):
         raise UserError(f"{path}: {e}") from None
 
 
-def check_size(config, state, path):
-    """UserError if a model of this config would be much larger than its tensors, before it takes the memory."""
+def with_dropout(config, dropout):
+    """The GPTConfig with this dropout. One of a changed model.py may have none."""
+    return dataclasses.replace(config, dropout=dropout) if hasattr(config, "dropout") else config
+
+
+def check_size(config, state, path, empty=None):
+    """UserError if a model of this config would be much larger than its tensors, before it takes the memory. empty: the
+    model without memory, if it can be had. Otherwise, the size of a GPT-2 is a guess."""
     c = config
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in state.values() if isinstance(t, torch.Tensor)}
     total = sum(storage.nbytes() for storage in storages.values())
     positions = c.block_size * c.n_embd if "wpe.weight" in state else 0
-    largest = max(c.vocab_size * c.n_embd, c.n_layer // 3 * c.n_embd ** 2, positions)
-    if largest > total or c.n_layer > max(100, len(storages)):  # up to 100 layers may share their weights
+    least = max(c.vocab_size * c.n_embd, c.n_layer // 3 * c.n_embd ** 2, positions)
+    if empty is not None:
+        least = sum(p.numel() for p in empty.parameters())
+    if least > total or c.n_layer > max(100, len(storages)):  # up to 100 layers may share their weights
         raise UserError(f"{path} does not fit model.py: its tensors are too small for its model_config")
 
 
@@ -378,15 +386,14 @@ def load_model(out_dir, block_size=None, dropout=None):
             "train one first, for example with python train.py config/train_shakespeare_char.py"))
     checkpoint = load_checkpoint(path, TO_SAMPLE)
     config = model_config(checkpoint["model_config"], path)
-    check_size(config, checkpoint["model"], path)
-    try:
-        with torch.device("meta"):  # takes no memory
+    empty = None
+    if config.n_layer <= max(100, len(checkpoint["model"])):  # otherwise, check_size refuses it
+        with contextlib.suppress(Exception), torch.device("meta"):  # no memory, so a changed GPT may raise exceptions
             empty = GPT(config)
-    except Exception:  # a changed model.py, whose __init__ needs numbers
-        empty = None
     if empty is not None:
         check_fit(empty, checkpoint["model"], path)
-    model = GPT(config if dropout is None else dataclasses.replace(config, dropout=dropout))
+    check_size(config, checkpoint["model"], path, empty)
+    model = GPT(config if dropout is None else with_dropout(config, dropout))
     load_weights(model, checkpoint["model"], path)
     check_probe(model, checkpoint, path)
     if block_size not in (None, model.config.block_size):
@@ -750,7 +757,7 @@ def load_pretrained(name_or_folder, block_size=None, dropout=0.0):
         folder = download_repository(str(name_or_folder))
     try:
         given = read_json(folder / "config.json", {}, advice="fetch it again")
-        config = dataclasses.replace(read_config(given, name_or_folder), dropout=dropout)
+        config = with_dropout(read_config(given, name_or_folder), dropout)
     except UserError:
         raise
     except OSError as e:
@@ -884,7 +891,7 @@ def save_pretrained(model, tokenizer, folder, card=""):
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
               "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
               "n_head": c.n_head, "n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": tied,
-              "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
+              **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), getattr(c, "dropout", 0.0)),
               "bos_token_id": eot, "eos_token_id": eot, "dtype": str(model.wte.weight.dtype).removeprefix("torch.")}
     files = {"config.json": json.dumps(config, indent=1).encode(), "model.safetensors": save(tensors, {"format": "pt"})}
     settings = {"model_max_length": c.block_size, "clean_up_tokenization_spaces": False}

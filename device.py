@@ -181,9 +181,9 @@ def check_training_memory(device, config, sequences, micro_batch, block_size, dt
     """UserError if training a model of this config cannot fit on the device. This counts what is always needed: weights
     and gradients, the optimizer's averages (fsdp divides them, but starts from whole weights), and what a forward pass
     in 16 bits keeps for the backward pass. The estimate of bench_train.py counts more."""
-    c = config
+    c, dropout = config, getattr(config, "dropout", 0)  # a changed model.py may have none
     layer = 20 * c.n_embd  # bytes a token
-    if device.type == "cpu" and (dtype == "bfloat16" or c.dropout):  # fast.py then writes the attention's weights out
+    if device.type == "cpu" and (dtype == "bfloat16" or dropout):  # fast.py then writes the attention's weights out
         layer += (4 if dtype == "float32" else 2) * c.n_head * block_size
     parameters = 12 * c.n_layer * c.n_embd ** 2 + (c.vocab_size + c.block_size) * c.n_embd
     activations = micro_batch * block_size * (c.n_layer * layer + 2 * c.vocab_size)

@@ -557,6 +557,15 @@ def test_layers_may_share_their_weights(n_layer):
     check_size(model.config, model.state_dict(), "path")
 
 
+def test_a_model_may_be_smaller_than_a_gpt():
+    """An embedding may be the product of two small matrices, for example. Its tensors must be there, though."""
+    config, small = GPTConfig(vocab_size=2000, n_head=4, n_embd=256), torch.nn.Linear(30, 30)
+    check_size(config, small.state_dict(), "path", small)
+    for state, empty in ((small.state_dict(), None), ({"weight": torch.zeros(1).expand(30, 30)}, small)):
+        with pytest.raises(UserError, match="its tensors are too small"):
+            check_size(config, state, "path", empty)
+
+
 @pytest.mark.parametrize("name, value, words", [
     ("dataset", 5, "dataset expects str, got 5 in"), ("batch_size", -8, "batch_size must be above 0, got -8 in")])
 def test_a_checkpoints_settings_are_checked_as_on_the_command_line(trained, name, value, words):

@@ -1,7 +1,9 @@
 """Runs of train.py: what they write, that they repeat, that they can be killed and resumed, and how they fail."""
 import csv
+import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -345,6 +347,23 @@ def test_a_new_key_of_the_config_is_a_setting(project):
     assert checkpoint["model_config"]["width"] == 3 and checkpoint["model"]["h.0.mlp.c_fc.weight"].shape == (96, 32)
     project.run("sample.py", "--max_new_tokens=5")
     assert "latest.pt has width=3, not 2" in project.fails("train.py", "--init_from=resume", "--width=2")
+
+
+def test_a_model_without_dropout(project):
+    """A researcher removes it, with the field of GPTConfig."""
+    (project.folder / "tiny.txt").write_text(TEXT)
+    project.run("prepare.py", "--dataset=tiny", "--input=tiny.txt")
+    path = project.folder / "model.py"
+    source = re.sub(r"\n    dropout: float = .*|\n        if not 0\.0 <= self\.dropout.*\n.*", "", path.read_text())
+    source = source.replace("nn.Dropout(config.dropout)", "nn.Identity()").replace(", self.attn_dropout)", ")")
+    assert "config.dropout" not in source and "self.dropout <" not in source
+    path.write_text(source)
+    project.run("train.py", *TINY, "--max_iters=4")
+    project.run("train.py", *TINY, "--init_from=out", "--out_dir=tuned", "--max_iters=4")
+    project.run("sample.py", "--max_new_tokens=5")
+    project.run("bench_train.py", *TINY, "--steps=1")
+    assert "model.py does not compute what GPT-2 does" not in project.finish("checkpoint.py", "--export=folder").stderr
+    assert json.loads((project.folder / "folder" / "config.json").read_text())["attn_pdrop"] == 0.0
 
 
 def test_a_checkpoint_with_the_tokenizer_of_another_model(trained, tmp_path):
