@@ -684,7 +684,7 @@ def compiled_step(model, cache):
 class Prepared:
     """What a model that is prepared for inference does differently; mixed into its class."""
     prepared_as = None   # dtype, whether decoding is compiled
-    was_tied = False     # whether lm_head's weight, now in another layout or dtype, was wte's
+    counts = None        # num_parameters(embeddings) of the plain model, whose layers may share weights
 
     def train(self, mode=True):
         """Only evaluation mode: the weights cannot be trained any more."""
@@ -694,7 +694,7 @@ class Prepared:
 
     def num_parameters(self, embeddings=True):
         """The same number as before for_inference."""
-        return super().num_parameters(embeddings) - (self.lm_head.weight.numel() if self.was_tied else 0)
+        return self.counts[embeddings]
 
     def new_cache(self, batch_size, length=None):
         """The plain cache or, for compiled decoding, a StaticCache. On a GPU, its length is rounded up to a power of
@@ -1024,7 +1024,7 @@ def for_inference(model, dtype="float32", compile=False):
     expected = model(ids)[0] if dtype == "int8" else None
     before = {module: module.weight for module in model.modules() if type(module) is nn.Linear}
     head = getattr(model, "lm_head", None)  # a changed model.py may have none
-    was_tied = getattr(head, "weight", None) is model.wte.weight
+    counts = {embeddings: model.num_parameters(embeddings) for embeddings in (True, False)}
     if dtype == "int8":
         if not compile:
             replace(model, nn.Linear, Int8KernelLinear)
@@ -1049,7 +1049,7 @@ def for_inference(model, dtype="float32", compile=False):
                 vars(layer).pop(name, None)
     mix_in(Prepared, model)
     model.prepared_as = dtype, compile
-    model.was_tied = was_tied and head.weight is not model.wte.weight
+    model.counts = counts
     return model
 
 

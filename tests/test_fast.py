@@ -800,6 +800,15 @@ def test_only_large_weights_are_rearranged(monkeypatch):
         assert [type(x) for x in (block.attn.c_attn, block.attn.c_proj)] == [nn.Linear] * 2
 
 
+@pytest.mark.parametrize("dtype, compile", PREPARATIONS)
+def test_shared_weights_count_once(dtype, compile):
+    model = random_model(0, n_layer=2)
+    model.h[1].mlp.c_fc.weight = model.h[0].mlp.c_fc.weight
+    numbers = model.num_parameters(), model.num_parameters(embeddings=False)
+    prepared = for_inference(model, dtype, compile)
+    assert (prepared.num_parameters(), prepared.num_parameters(embeddings=False)) == numbers
+
+
 def test_preparing_twice():
     model, idx = random_model(0, tied=True), torch.randint(37, (2, 12))
     expected = for_inference(copy.deepcopy(model))(idx)[0]
