@@ -33,7 +33,7 @@ import textwrap
 import warnings
 from pathlib import Path
 
-from files import UserError, read_log, read_small, unescape, write_atomically
+from files import UserError, check, read_log, read_small, unescape, write_atomically
 
 # --- the settings, and the figures in files ---
 
@@ -57,6 +57,8 @@ def check_settings():
             raise UserError(f"{name} must be at least 0, got {config[name]}")
     if what in NEEDED and json is None:
         raise UserError(f"--what={what} needs the file with the figures: --json=FILE")
+    if what != "attention":
+        check(config, "names separated by commas", lambda x: all(x.split(",")), "json", "out_dir")
 
 
 def read_losses(folder):

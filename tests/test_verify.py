@@ -382,7 +382,9 @@ def test_pictures_of_a_run(trained, tmp_path):
     (["--layer=-1"], "layer must be at least 0"), (["--head=2"], "head must be from 0 to 1"),
     (["--file=x.gif"], ".png or .svg"), (["--what=loss", "--out_dir=none"], "log.csv"),
     (["--out_dir=none"], "train one"),
-    (["--what=gradients"], "--json=FILE"), (["--what=loss", "--x=tokens"], "steps or seconds")])
+    (["--what=gradients"], "--json=FILE"), (["--what=loss", "--x=tokens"], "steps or seconds"),
+    (["--what=kv", "--json=kv.json,"], "json must be names separated by commas, got 'kv.json,'"),
+    (["--what=loss", "--out_dir=out,"], "out_dir must be names separated by commas, got 'out,'")])
 def test_plot_errors(trained, arguments, words):
     assert words in trained.fails("plot.py", "--start=The old", *arguments)
 
