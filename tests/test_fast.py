@@ -186,24 +186,9 @@ def test_gelu():
 
 
 def test_gelu_in_other_dtypes_is_pytorchs():
-    for dtype, gradients in ((torch.float64, False), (torch.float64, True), (torch.bfloat16, False)):
-        x = torch.randn(50, dtype=dtype, requires_grad=gradients)
+    for dtype in (torch.float64, torch.bfloat16):
+        x = torch.randn(50, dtype=dtype)
         assert torch.equal(FastGELU(approximate="tanh")(x), F.gelu(x, approximate="tanh"))
-
-
-def test_gelu_in_bfloat16_is_as_exact_as_pytorchs():
-    x, upstream = torch.cat((torch.linspace(-30, 30, 4001), torch.randn(4000))).bfloat16(), torch.randn(8001).bfloat16()
-
-    def run(gelu, x, upstream):
-        x = x.clone().requires_grad_()
-        y = gelu(x)
-        return y.detach(), torch.autograd.grad(y, x, upstream)[0]
-    plain = functools.partial(F.gelu, approximate="tanh")
-    for f, p, e in zip(run(FastGELU(approximate="tanh"), x, upstream), run(plain, x, upstream),
-                       run(plain, x.double(), upstream.double()), strict=True):
-        assert f.dtype == torch.bfloat16
-        errors = [((y.double() - e).abs() / e.abs().clamp(min=1e-3)).max() for y in (f, p)]
-        assert errors[0] <= 2 * errors[1] + 2 ** -9
 
 
 def test_gelu_has_no_second_derivative():
