@@ -185,9 +185,9 @@ def token_time_at(gpt, position):
 
 
 def memory_bandwidth():
-    """Bytes a second at which this machine reads memory now: the sum of 400 MB, the best of ten. On a shared machine it
-    changes from one second to the next."""
-    return numbers.nbytes / min(time_of(numbers.sum) for _ in range(10))
+    """Bytes a second at which this machine reads memory now: the sum of 400 MB, the median of twenty. On a shared
+    machine it changes from one second to the next."""
+    return numbers.nbytes / statistics.median(time_of(numbers.sum) for _ in range(20))
 
 
 def weight_bytes(gpt):
@@ -267,7 +267,9 @@ def bench(name, gpt):
     for turn in range(repeats):
         for v, run in runs.items():
             if turn == 0 or len(v) == 3 or v[2]:  # without the cache: once
-                results[v].append((*run(), memory_bandwidth() if len(v) == 5 and v[2] else None))
+                measured = len(v) == 5 and v[2]
+                before = memory_bandwidth() if measured else None
+                results[v].append((*run(), (before + memory_bandwidth()) / 2 if measured else None))
 
     records, total = [], {}
     print(f"\n{'':<12}{'dtype':<10}{'mode':<10}{'cache':<7}{'batch':<7}{'prompt':<8}{'prefill s':<11}{'decode s':<10}"
