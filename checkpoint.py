@@ -302,10 +302,11 @@ def check_size(config, state, path, empty=None):
     c = config
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in state.values() if isinstance(t, torch.Tensor)}
     total = sum(storage.nbytes() for storage in storages.values())
-    positions = c.block_size * c.n_embd if "wpe.weight" in state else 0
-    least = max(c.vocab_size * c.n_embd, c.n_layer // 3 * c.n_embd ** 2, positions)
     if empty is not None:
         least = sum(p.numel() for p in empty.parameters())
+    else:
+        positions = c.block_size * c.n_embd if "wpe.weight" in state else 0
+        least = max(c.vocab_size * c.n_embd, c.n_layer // 3 * c.n_embd ** 2, positions)
     if least > total or c.n_layer > max(100, len(storages)):  # up to 100 layers may share their weights
         raise UserError(f"{path} does not fit model.py: its tensors are too small for its model_config")
 

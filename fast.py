@@ -901,8 +901,8 @@ def computes_the_same(layer, fast, block_size):
 
 def replace(model, plain, fast):
     """Replaces the layers of exactly the class `plain` that suit the class `fast`, if they compute the same as their
-    replacements. It compares every attention, because a changed model.py may have different ones. Of PyTorch's own
-    layers, one is enough. Dropout is random, so only the tests compare it."""
+    replacements. It compares every attention, because a changed model.py may have different ones, and then the outputs
+    of the model. Of PyTorch's own layers, one is enough. Dropout is random, so only the tests compare it."""
     layers = [module for module in model.modules()
               if type(module) is plain and (not hasattr(fast, "suits") or fast.suits(module))]
     attention = plain is CausalSelfAttention
