@@ -216,63 +216,88 @@ def stored(x):
     return x.as_strided(x.shape, x.stride())  # strides need a tensor in memory
 
 
-def few_rows(x, weight, scale=None, bias=None):
+def few_rows(x, weight, scale=None, bias=None, out=None):
     """The linear layer for a few rows x (..., in), as sums. Decoding multiplies one row per sequence: two operations
     for each weight that it reads. Kernels made for many rows stay far below the memory's bandwidth there. The compiler
-    turns these sums into one loop over the weight, in whatever dtype it is stored."""
-    rows = stored(x.float().reshape(-1, x.size(-1)))
-    # An addition takes a CPU several cycles, but it can start another one in each cycle. So four sums are under way at
-    # once: those of the rows or, for a single row, those of four parts of the weight.
-    together = max(1, 4 // len(rows)) if x.device.type == "cpu" else 1
-    size = max(1, len(weight) // together)
-    if in_words(weight):
-        n = 4 // weight.itemsize  # weights in 32 bits
-        rows = stored(rows.unflatten(-1, (-1, n)).mT)  # (rows, n, in / n)
-        parts = weight.view(torch.float32).split(size)
-        y = [torch.cat([words_times_row(part, row) for part in parts]) for row in rows]
-    else:
-        y = [torch.cat([(part.float() * row).sum(dim=-1) for part in weight.split(size)]) for row in rows]
-    y = torch.stack(y)
+    turns these sums into one loop over the weight, in whatever dtype it is stored. The weight is (out, in), or that of
+    a PackedLinear."""
+    packed = weight.dim() == 4
+    n = weight.size(3) if packed else word_size(weight)
+    words = weight.flatten(2) if packed else weight
+    rows = stored(x.float().reshape(-1, 1, x.size(-1)))
+    if n > 1:
+        words, rows = words.view(torch.float32), stored(rows.unflatten(-1, (-1, n)).squeeze(1).mT)
+    rows = rows[..., None] if packed else rows  # (rows, n, in / n) or (rows, n, in / n, 1)
+    # An addition takes a CPU several cycles, but it can start another one in each cycle. So several sums are under way
+    # at once: those of the rows, times those of up to four parts of the weight.
+    together = min(4, max(1, (16 if packed else 4) // len(rows))) if x.device.type == "cpu" else 1
+    parts = words.split(max(1, len(words) // together))
+    y = torch.stack([torch.cat([words_times_row(part, row) for part in parts]).flatten() for row in rows])[:, :out]
     y = y if scale is None else y * scale
     y = y if bias is None else y + bias
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def in_words(weight):
-    """Whether few_rows reads this weight in words of 32 bits. With AVX2, the compiler's code takes a detour through
-    memory to load int8, and needs more instructions than necessary to load bfloat16. But it loads float32 well."""
-    return (weight.device.type == "cpu" and INSTRUCTIONS == "AVX2" and weight.dtype in (torch.int8, torch.bfloat16)
-            and weight.size(1) * weight.itemsize % 4 == 0)
+def word_size(weight):
+    """How many numbers of a weight (out, in) few_rows reads at once: as many as 32 bits hold, or one. With AVX2, the
+    compiler's code takes a detour through memory to load int8, and needs more instructions than necessary to load
+    bfloat16. But it loads float32 well."""
+    narrow = weight.device.type == "cpu" and INSTRUCTIONS == "AVX2" and weight.dtype in (torch.int8, torch.bfloat16)
+    return 4 // weight.itemsize if narrow and weight.size(1) * weight.itemsize % 4 == 0 else 1
 
 
 def words_times_row(words, columns):
-    """A weight in words of n numbers, (out, in / n) in float32, times a row whose columns are sorted by their place in
-    a word, (n, in / n) -> (out,). The numbers are int8 if n is 4, and bfloat16 if n is 2."""
-    words = words.view(torch.int32)
-    if len(columns) == 4:
-        numbers = [((words << (24 - 8 * i)) >> 24).float() for i in range(4)]
-    else:  # a bfloat16 is the upper half of a float32
+    """A weight in words of n numbers, (out, in / n), times a row whose columns are sorted by their place in a word,
+    (n, in / n) -> (out,). If n is 1, a word is simply a number. Otherwise it is a float32 that holds four int8 or two
+    bfloat16. A packed weight is (out / lanes, in / n, lanes), the columns are then (n, in / n, 1), and the result is
+    (out / lanes, lanes)."""
+    if len(columns) == 1:
+        numbers = [words.float()]
+    elif len(columns) == 2:  # a bfloat16 is the upper half of a float32
+        words = words.view(torch.int32)
         numbers = [(words << 16).view(torch.float32), (words & -2 ** 16).view(torch.float32)]
+    else:
+        words = words.view(torch.int32)
+        numbers = [((words << (24 - 8 * i)) >> 24).float() for i in range(4)]
     products = [number * column for number, column in zip(numbers, columns, strict=True)]
-    return functools.reduce(torch.add, products).sum(dim=-1)
+    return functools.reduce(torch.add, products).sum(dim=1)
 
 
 class FastLinear(nn.Linear):
-    """A linear layer that uses oneDNN in float32 if no gradient is needed, and few_rows in compiled code."""
+    """A linear layer that uses oneDNN in float32 if no gradient is needed. In compiled code, it multiplies a single row
+    by few_rows."""
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         if torch.compiler.is_compiling():
-            # With more rows than this, PyTorch's kernels are faster.
-            in_float32 = x.device.type == "cpu" and self.weight.dtype == torch.float32
-            most = 8 if in_float32 or in_words(self.weight) else 1
-            few = x.numel() <= most * x.size(-1)
-            return few_rows(x, self.weight, None, self.bias) if few else super().forward(x)
+            single = x.numel() == self.in_features
+            return few_rows(x, self.weight, None, self.bias) if single else super().forward(x)
         if (x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
                 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")):
             # oneDNN's multiplication in float32 has no public name. F.linear uses it for bfloat16, and MKL for float32.
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer for compiled decoding of 2 to 16 rows. It has a copy of the weight in blocks of `lanes` outputs,
+    (out / lanes, in, lanes), so the processor loads the weights of one input into a vector, and multiplies all of them
+    by the same number of a row. With a weight (out, in), it would multiply by other numbers each time, and those of
+    all rows do not fit into its first cache."""
+
+    lanes = {"AVX512": 16, "AVX2": 8}.get(INSTRUCTIONS, 4)  # float32 numbers in a vector
+
+    def prepare(self):
+        """Copies the weight, filled up by zeros to a multiple of `lanes` outputs. Words of n numbers stay together:
+        (out / lanes, in / n, lanes, n)."""
+        n = word_size(self.weight)
+        weight = F.pad(self.weight.detach(), (0, 0, 0, -self.out_features % self.lanes))
+        weight = weight.view(-1, self.lanes, self.in_features // n, n).transpose(1, 2)
+        self.register_buffer("packed", weight.contiguous())
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        return few_rows(x, self.packed, getattr(self, "scale", None), self.bias, self.out_features)
 
 
 class SplitLinear(FastLinear):
@@ -524,23 +549,21 @@ class StaticCache(KVCache):
         return repeated
 
 
-def compiler_options(dtype):
-    """Options for the compiler. By default, it stores an expression of many operations, even if that is part of a sum
-    over a weight. Here, it stores only what `stored` names and what its own kernels need. In float32, a product is
-    rounded before it is added, as in model.py. In other dtypes, one instruction does both."""
-    return {"realize_opcount_threshold": 1000,
-            "cpp.enable_floating_point_contract_flag": "off" if dtype == "float32" else "fast"}
+# By default, the compiler stores an expression of many operations, even if that is part of a sum over a weight. With
+# these options, it stores only what `stored` names and what its own kernels need, and multiplies and adds in one
+# instruction.
+compiler_options = {"realize_opcount_threshold": 1000, "cpp.enable_floating_point_contract_flag": "fast"}
 
 
 @functools.cache
-def step_compiled_here(device, dtype):
+def step_compiled_here(device):
     """The step for one token, compiled in this process for each shape of the cache. On CUDA it becomes a CUDA graph."""
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.capture_scalar_outputs = True  # CompiledAttention has one
     if device == "cuda":
         return torch.compile(Prepared.plain_step, dynamic=False,
                              options={"triton.cudagraphs": True, "coordinate_descent_tuning": True})
-    return torch.compile(Prepared.plain_step, options=compiler_options(dtype))
+    return torch.compile(Prepared.plain_step, options=compiler_options)
 
 
 class Step(nn.Module):
@@ -557,6 +580,19 @@ class Step(nn.Module):
         return self.model.plain_step(token, cache)
 
 
+def packed_for(model, cache):
+    """The model or, for 2 to 16 sequences, a copy with packed linear layers. All else is shared with the model."""
+    if not 1 < cache.k[0].size(0) <= 16:
+        return model
+    if model not in packed_models:
+        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        packed_models[model] = copy.deepcopy(model, shared)
+        for layer in packed_models[model].modules():
+            if type(layer) in (FastLinear, Int8Linear):
+                become(layer, PackedLinear)
+    return packed_models[model]
+
+
 def export_step(model, cache):
     """The step for caches of this batch size and, beyond 1, of any capacity, as a graph of operators."""
     example = torch.zeros(cache.k[0].size(0), dtype=torch.long), cache.length, cache.k, cache.v
@@ -565,13 +601,13 @@ def export_step(model, cache):
         capacity = [{2: torch.export.Dim("capacity", min=2, max=model.config.block_size)}] * len(cache.k)
         shapes = {"token": None, "length": None, "k": capacity, "v": capacity}
     with contextlib.redirect_stderr(io.StringIO()):  # if it fails, it prints the whole graph
-        return torch.export.export(Step(model, cache), example, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(Step(packed_for(model, cache), cache), example, dynamic_shapes=shapes, strict=False)
 
 
 def make_library(path, model, cache):
     """Compiles the step for caches of this batch size into a library at `path`. The weights are not in it."""
     torch._inductor.aoti_compile_and_package(export_step(model, cache), package_path=str(path), inductor_configs={
-        "aot_inductor.package_constants_in_so": False, **compiler_options(model.prepared_as[0])})
+        "aot_inductor.package_constants_in_so": False, **compiler_options})
 
 
 def load_library(path, model, cache):
@@ -579,7 +615,8 @@ def load_library(path, model, cache):
     them. UserError if it computes something else than model.py does."""
     # The documented way to load it, torch._inductor.aoti_load_package, imports the whole compiler, which takes seconds.
     library = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    used = packed_for(model, cache)
+    tensors = dict(used.named_parameters(remove_duplicate=False)) | dict(used.named_buffers(remove_duplicate=False))
     library.load_constants({name: tensors[name.removeprefix("model.")].detach()
                             for name in library.get_constant_fqns()}, False, True, True)
 
@@ -612,6 +649,7 @@ def compare_step(step, model, cache):
 
 LIBRARIES = Path(__file__).resolve().parent / "data" / "compiled"
 steps = weakref.WeakKeyDictionary()  # {model: {(batch size, whether the capacity is above 1): its compiled step}}
+packed_models = weakref.WeakKeyDictionary()  # {model: its copy for several sequences}
 flat_steps = weakref.WeakKeyDictionary()  # {model: its compared_step, the dicts of its modules' hooks, its layers}
 
 
@@ -626,7 +664,7 @@ def library_key(model, cache):
     classes = {c for module in model.modules() for c in type(module).__mro__ if not c.__module__.startswith("torch.")}
     files = {inspect.getsourcefile(c) for c in classes if c is not object}
     code = [Path(file).read_text(encoding="utf-8") for file in sorted(files)]
-    processor = [platform.platform(), platform.processor()]
+    processor = [platform.platform(), platform.processor(), INSTRUCTIONS]
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:  # Linux
         processor += sorted({line for line in f if line.startswith(("model name", "flags", "Features", "CPU part"))})
     shapes = [(name, t.shape, t.dtype) for name, t in (*model.named_parameters(), *model.named_buffers())]
@@ -663,9 +701,9 @@ def library_step(model, cache):
 
 def compiled_step(model, cache):
     """The compiled step for caches like this one: (model, token, cache) -> logits."""
-    device, dtype = cache.length.device.type, model.prepared_as[0]
+    device = cache.length.device.type
     if device != "cpu":
-        return step_compiled_here(device, dtype)
+        return step_compiled_here(device)
     known, shape = steps.setdefault(model, {}), shape_of(cache)
     if shape not in known:
         try:
@@ -675,7 +713,7 @@ def compiled_step(model, cache):
         except Exception as e:  # such as a changed model.py, which the compiler cannot export as a whole
             print(f"the compiled step cannot be kept on disk ({type(e).__name__}), so each process compiles it",
                   file=sys.stderr)
-            step = step_compiled_here(device, dtype)
+            step = step_compiled_here(device)
             compare_step(step, model, cache)
             known[shape] = step
     return known[shape]
@@ -763,7 +801,7 @@ def twin(layer, fast):
 def become(layer, fast):
     """Gives the layer the class `fast`, in place, and its weight the layout that the class needs."""
     layer.__class__ = fast
-    if issubclass(fast, (SplitLinear, Int8Linear)):
+    if issubclass(fast, (SplitLinear, PackedLinear, Int8Linear)):
         layer.prepare()
     return layer
 

@@ -28,6 +28,7 @@ from fast import (
     FusedAttention,
     Int8KernelLinear,
     Int8Linear,
+    PackedLinear,
     PaddedLinear,
     SplitLinear,
     StaticCache,
@@ -297,22 +298,20 @@ def test_autocast_is_obeyed_without_gradients(autocast):
         assert y.dtype == autocast and torch.equal(y, plain(x))
 
 
-def check_few_rows(dtype, bias, int8, rows=1, n=24):
-    """`few_rows`, which compiled code uses, against a matrix multiplication in float64."""
+def check_few_rows(dtype, bias, int8, rows=1, n=24, out=50):
+    """`few_rows` and PackedLinear, which compiled code uses, against a matrix multiplication in float64."""
     torch.manual_seed(0)
-    layer, x = nn.Linear(n, 50, bias=bias), torch.randn(1, rows, n).to(dtype)
+    layer, x = nn.Linear(n, out, bias=bias).to(torch.float32 if int8 else dtype), torch.randn(1, rows, n).to(dtype)
+    exact_weight = layer.weight.double()
     if int8:
         layer = fast.twin(layer, Int8Linear)
-        weight, exact_weight = layer.weight, layer.rounded().double()
-        arguments = layer.scale, layer.bias.detach().to(dtype) if bias else None
-    else:
-        weight = layer.weight.detach().to(dtype)
-        exact_weight = weight.double()
-        arguments = None, layer.bias.detach().to(dtype) if bias else None
-    exact = F.linear(x.double(), exact_weight, arguments[1].double() if bias else None)
-    y = fast.few_rows(x, weight, *arguments)
-    assert y.dtype == dtype
-    assert_as_exact(y, exact.to(dtype), exact)
+        exact_weight = layer.rounded().double()
+    exact = F.linear(x.double(), exact_weight, layer.bias.double() if bias else None)
+    with torch.no_grad():
+        for y in (fast.few_rows(x, layer.weight, getattr(layer, "scale", None), layer.bias),
+                  fast.twin(layer, PackedLinear)(x)):
+            assert y.dtype == dtype and y.shape == exact.shape
+            assert_as_exact(y, exact.to(dtype), exact)
 
 
 def check_words():
@@ -329,9 +328,28 @@ def check_words():
 @pytest.mark.parametrize("instructions", ["AVX2", "AVX512"])
 def test_few_rows(dtype, bias, int8, rows, instructions, monkeypatch):
     monkeypatch.setattr(fast, "INSTRUCTIONS", instructions)  # with AVX2, narrow weights are read in words
-    assert fast.in_words(torch.zeros(50, 24, dtype=torch.int8)) == (instructions == "AVX2")
-    check_few_rows(dtype, bias, int8, rows)
-    check_few_rows(dtype, bias, int8, rows, n=25)  # does not fit into words
+    assert fast.word_size(torch.zeros(50, 24, dtype=torch.int8)) == {"AVX2": 4, "AVX512": 1}[instructions]
+    for lanes in (4, 16):
+        monkeypatch.setattr(PackedLinear, "lanes", lanes)
+        check_few_rows(dtype, bias, int8, rows)
+        check_few_rows(dtype, bias, int8, rows, n=25)  # does not fit into words
+
+
+@pytest.mark.parametrize("rows", range(1, 17))
+@pytest.mark.parametrize("out", [1, 3, 64, 160])
+def test_packed_weights(rows, out):
+    check_few_rows(torch.float32, True, False, rows, out=out)
+
+
+@torch.no_grad()
+def test_a_packed_copy_shares_all_else(graph_only):
+    model = for_inference(random_model(0), compile=True)
+    for B in (1, 17):
+        assert fast.packed_for(model, model.new_cache(B)) is model
+    copies = [fast.packed_for(model, model.new_cache(B)) for B in (2, 16)]
+    assert copies[0] is copies[1]
+    assert [id(t) for t in copies[0].parameters()] == [id(t) for t in model.parameters()]
+    assert type(model.lm_head) is FastLinear and type(copies[0].lm_head) is PackedLinear
 
 
 def check_int8(dtype=torch.float32):
@@ -743,10 +761,9 @@ def test_one_step_is_for_caches_of_every_capacity(graph_only):
     assert len(fast.steps[model]) == 2  # and one for a capacity of 1
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("batch", [1, 2, 16])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_a_compiled_step_multiplies_few_rows_by_sums(dtype, batch, monkeypatch):
-    monkeypatch.setattr(fast, "INSTRUCTIONS", "AVX2")  # otherwise, PyTorch multiplies several rows in bfloat16
+def test_a_compiled_step_multiplies_few_rows_by_sums(dtype, batch):
     model = for_inference(random_model(0, n_embd=48), dtype, compile=True)
     names = {str(node.target) for node in fast.export_step(model, model.new_cache(batch)).graph.nodes}
     assert any("sum" in name for name in names) and not any("linear" in name or "mm" in name for name in names)
@@ -1252,7 +1269,8 @@ def test_a_weight_that_is_used_directly_keeps_its_layout(dtype, compile, capsys)
 # --- mistakes in the replacements: the comparisons above find them, and so does fast.py itself ---
 
 attend = {cls: cls.attend for cls in (FusedAttention, CompiledAttention)}
-prepare_split, prepare_int8, forward_dropout = SplitLinear.prepare, Int8Linear.prepare, FastDropout.forward
+prepare_packed, prepare_split, prepare_int8, forward_dropout = (
+    PackedLinear.prepare, SplitLinear.prepare, Int8Linear.prepare, FastDropout.forward)
 sigmoid_of, gelu_forward = fast.SigmoidGELU.sigmoid, fast.SigmoidGELU.forward
 few_rows, words_times_row = fast.few_rows, fast.words_times_row
 
@@ -1345,8 +1363,13 @@ def gelu_with_another_derivative(ctx, x):
     return y
 
 
-def few_rows_without_bias(x, weight, scale=None, bias=None):
-    return few_rows(x, weight, scale, None)
+def few_rows_without_bias(x, weight, scale=None, bias=None, out=None):
+    return few_rows(x, weight, scale, None, out)
+
+
+def packed_in_another_order(self):
+    prepare_packed(self)
+    self.packed = self.packed.flip(2)
 
 
 def words_in_another_order(weight, columns):
@@ -1388,6 +1411,8 @@ MISTAKES = [
     (fast, "few_rows", few_rows_without_bias, lambda: check_few_rows(torch.float32, True, False)),
     (fast, "few_rows", few_rows_without_bias, lambda: check_inference("int8", True)),
     (fast, "words_times_row", words_in_another_order, check_words),
+    (PackedLinear, "prepare", packed_in_another_order, lambda: check_few_rows(torch.float32, True, False)),
+    (PackedLinear, "prepare", packed_in_another_order, lambda: check_inference("float32", True)),
     (StaticCache, "positions", positions_off_by_one, check_static_cache),
     (StaticCache, "append", forgetful_append, check_static_cache),
     (StaticCache, "append", forgetful_append, lambda: check_inference("float32", True)),
