@@ -13,6 +13,7 @@ Both change the model in place and return it: a layer's class becomes a subclass
     nn.GELU on a CPU       FastGELU          in float32, GELU is faster with a sigmoid than with tanh       1.6x
     nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.2x
                            SplitLinear       MKL multiplies one row faster if each thread has its own part  2.0x
+                           PackedLinear      compiled, for several rows: weights in the order of their use  1.9x
     nn.Linear              Int8Linear        a weight takes one byte instead of four                        3.6x
                            Int8KernelLinear  not compiled: a kernel reads each weight once, as int8         2.2x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              1.5x
@@ -24,13 +25,14 @@ Both change the model in place and return it: a layer's class becomes a subclass
 
     python fast.py   # measures the gains on this machine's CPU, but not that of memory
 
-The gains above are from two cores of an AMD EPYC (Zen 3), each the median of one to six runs, with three exceptions.
-Those of bfloat16 and of memory are from a Zen 4. Those of a training step on CUDA are from an NVIDIA H200:
-docs/scaling.md and docs/training.md have the commands. PaddedLinear gains almost nothing if the step is compiled.
+The gains above are from two cores of an AMD EPYC (Zen 3), each the median of one to six runs, with these exceptions.
+Those of bfloat16, of memory and of PackedLinear are from a Zen 4. Those of a training step on CUDA are from an NVIDIA
+H200: docs/scaling.md and docs/training.md have the commands. PaddedLinear gains almost nothing if the step is compiled.
 oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gains of SplitLinear and
-Int8KernelLinear are those of a single row. The compiled step (in float32) and Int8Linear (compiled) are compared with
-what is not compiled, in float32. Int8KernelLinear is compared with Int8Linear (not compiled). The gain of kept memory
-is that of a training step on byte pairs, with and without the call of keep_memory:
+Int8KernelLinear are those of a single row. For PackedLinear, it is that of a step with eight. The compiled step (in
+float32), PackedLinear and Int8Linear (compiled) are compared with what is not compiled, in float32. Int8KernelLinear is
+compared with Int8Linear (not compiled). The gain of kept memory is that of a training step on byte pairs, with and
+without the call of keep_memory:
 
     python bench_train.py config/train_shakespeare_char.py --dataset=shakespeare
 
@@ -1150,10 +1152,9 @@ def measure():
         small = nn.Linear(128, 512)  # a layer of config/train_shakespeare_char.py
         split_small, row = twin(small, SplitLinear), torch.randn(1, 1, 128)
         compare("SplitLinear: 1 row and a weight too small for it", lambda: small(row), lambda: split_small(row))
-    token = torch.zeros(1, dtype=torch.long)
 
-    def decode(gpt, step=None):
-        cache = gpt.new_cache(1, 128)
+    def decode(gpt, step=None, rows=1):
+        token, cache = torch.zeros(rows, dtype=torch.long), gpt.new_cache(rows, 128)
         return lambda: (cache.reset(), (step or gpt.decode_one_token)(token, cache))
 
     with torch.no_grad():
@@ -1165,6 +1166,9 @@ def measure():
         for dtype in ("float32", "bfloat16", "int8"):
             other = for_inference(copy.deepcopy(model), dtype, compile=True)
             compare(f"a token of GPT-2 124M, compiled in {dtype}, against eager float32", decode(eager), decode(other))
+            if dtype == "float32":
+                compare("PackedLinear: 8 tokens, compiled in float32, against eager float32", decode(eager, rows=8),
+                        decode(other, rows=8))
 
 
 if __name__ == "__main__":
