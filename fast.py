@@ -294,7 +294,7 @@ class PackedLinear(nn.Linear):
         (out / lanes, in / n, lanes, n)."""
         n = word_size(self.weight)
         weight = F.pad(self.weight.detach(), (0, 0, 0, -self.out_features % self.lanes))
-        weight = weight.view(-1, self.lanes, self.in_features // n, n).transpose(1, 2)
+        weight = weight.reshape(-1, self.lanes, self.in_features // n, n).transpose(1, 2)
         self.register_buffer("packed", weight.contiguous())
 
     def forward(self, x):

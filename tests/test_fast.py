@@ -302,6 +302,7 @@ def check_few_rows(dtype, bias, int8, rows=1, n=24, out=50):
     """`few_rows` and PackedLinear, which compiled code uses, against a matrix multiplication in float64."""
     torch.manual_seed(0)
     layer, x = nn.Linear(n, out, bias=bias).to(torch.float32 if int8 else dtype), torch.randn(1, rows, n).to(dtype)
+    layer.weight = nn.Parameter(layer.weight.detach().T.contiguous().T)  # columns lie together in memory
     exact_weight = layer.weight.double()
     if int8:
         layer = fast.twin(layer, Int8Linear)
