@@ -221,8 +221,8 @@ def stored(x):
 def few_rows(x, weight, scale=None, bias=None, out=None):
     """The linear layer for a few rows x (..., in), as sums. Decoding multiplies one row per sequence: two operations
     for each weight that it reads. Kernels made for many rows stay far below the memory's bandwidth there. The compiler
-    turns these sums into one loop over the weight, in whatever dtype it is stored. The weight is (out, in), or that of
-    a PackedLinear."""
+    turns these sums into one loop over the weight, in whatever dtype it is stored. The weight is (out, in). Or it is
+    the packed one of a PackedLinear, of which the first `out` outputs are returned."""
     packed = weight.dim() == 4
     n = weight.size(3) if packed else word_size(weight)
     words = weight.flatten(2) if packed else weight
@@ -1049,8 +1049,8 @@ def compiled(model, tokens, micro_steps):
 def for_inference(model, dtype="float32", compile=False):
     """Prepares a model for generation on its device, in place, and returns it. dtype is that of the weights: "float32",
     "bfloat16", "float16", or "int8" (in linear layers only). With compile, the step for one token is compiled when it
-    first runs. The model cannot be trained afterwards. ValueError for another dtype, RuntimeError if the model was
-    prepared already."""
+    first runs. Afterwards, the model cannot be trained, and its weights must stay as they are, since there may be other
+    copies of them. ValueError for another dtype, RuntimeError if the model was prepared already."""
     if dtype not in ("float32", "bfloat16", "float16", "int8"):
         raise ValueError(f"dtype must be float32, bfloat16, float16 or int8, got {dtype!r}")
     restore(model.eval())
