@@ -13,7 +13,7 @@ Both change the model in place and return it: a layer's class becomes a subclass
     nn.GELU on a CPU       FastGELU          in float32, GELU is faster with a sigmoid than with tanh       1.6x
     nn.Linear on a CPU     FastLinear        without gradients, oneDNN is faster than MKL in float32        1.2x
                            SplitLinear       MKL multiplies one row faster if each thread has its own part  2.0x
-                           PackedLinear      compiled, for several rows: weights in the order of their use  1.9x
+                           PackedLinear      compiled, for several rows: weights in the order of their use  2.1x
     nn.Linear              Int8Linear        a weight takes one byte instead of four                        3.6x
                            Int8KernelLinear  not compiled: a kernel reads each weight once, as int8         2.2x
     lm_head on CUDA        PaddedLinear      a GPU's fast kernels want multiples of 64 outputs              1.5x
@@ -221,8 +221,8 @@ def stored(x):
 def few_rows(x, weight, scale=None, bias=None, out=None):
     """The linear layer for a few rows x (..., in), as sums. Decoding multiplies one row per sequence: two operations
     for each weight that it reads. Kernels made for many rows stay far below the memory's bandwidth there. The compiler
-    turns these sums into one loop over the weight, in whatever dtype it is stored. The weight is (out, in). Or it is
-    the packed one of a PackedLinear, of which the first `out` outputs are returned."""
+    turns these sums into one loop over the weight, in whatever dtype it is stored. The weight is (out, in). It may
+    also be that of a PackedLinear. Then the first `out` outputs are returned, since the others are filled up."""
     packed = weight.dim() == 4
     n = weight.size(3) if packed else word_size(weight)
     words = weight.flatten(2) if packed else weight
