@@ -14,7 +14,8 @@ ON_A_CPU = [(100_000, 2, 128, 64, 8, 700),
             (5_000_000, 2, 128, 128, 16, 1750),
             (math.inf, 3, 192, 256, 16, 1200)]
 # A vocabulary of byte pairs is large, so the last layer takes most of the time. Steps of few tokens are best then.
-BYTE_PAIRS_ON_A_CPU = [(1_500_000, 2, 128, 64, 8, 600),
+BYTE_PAIRS_ON_A_CPU = [(50_000, 2, 128, 32, 8, 600),
+                       (1_500_000, 2, 128, 64, 8, 600),
                        (math.inf, 2, 128, 64, 16, 1000)]
 ON_A_GPU = [(200_000, 4, 256, 128, 32, 600),
             (5_000_000, 6, 384, 256, 64, 2000),
