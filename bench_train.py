@@ -142,6 +142,8 @@ def memory_by_formula():
     layer = 8 * c.n_embd + 14 * size * c.n_embd  # bytes a token
     if train.device.type == "cpu" and (train.dtype == "bfloat16" or dropout):  # attention's weights, written out
         layer += size * c.n_head * T * (3 if dropout else 1)
+    if train.device.type == "cpu" and train.dtype == "bfloat16":  # FastGELU keeps its derivative in float32
+        layer += 4 * c.n_embd * (4 - size)
     if dropout:
         layer += 2 * size * c.n_embd
     ends = (4 + size + (4 if dropout else 0)) * c.n_embd + 4 * c.vocab_size
