@@ -31,7 +31,7 @@ H200: docs/scaling.md and docs/training.md have the commands. PaddedLinear gains
 oneDNN and MKL are the libraries that multiply matrices for PyTorch on a CPU. The gains of SplitLinear and
 Int8KernelLinear are those of a single row. For PackedLinear, it is that of a step with eight. The compiled step (in
 float32), PackedLinear and Int8Linear (compiled) are compared with what is not compiled, in float32. Int8KernelLinear is
-compared with Int8Linear (not compiled).FastGELU's gain is that in float32; in bfloat16, it is 1.4x, on a Zen 4. The
+compared with Int8Linear (not compiled). FastGELU's gain is that in float32; in bfloat16, it is 1.4x on a Zen 4. The
 gain of kept memory is that of a training step on byte pairs, with and without the call of keep_memory:
 
     python bench_train.py config/train_shakespeare_char.py --dataset=shakespeare
