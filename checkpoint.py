@@ -954,7 +954,8 @@ def model_card(checkpoint, folder):
              "Trained with", "", f"    python train.py {shlex.join(words)}", "", "To write text with it:", "",
              "    from transformers import pipeline",
              f'    generate = pipeline("text-generation", model={name!r})',
-             f'    print(generate({prompt!r}, max_new_tokens={new_tokens})[0]["generated_text"])', ""]
+             f'    print(generate({prompt!r}, max_new_tokens={new_tokens})[0]["generated_text"])', "",
+             f"Together, the prompt and the new tokens may be at most {shape['block_size']} tokens long.", ""]
     return "\n".join(lines)
 
 
