@@ -177,18 +177,19 @@ def check_memory(device, needed, advice):
                         f"{advice}")
 
 
-def check_training_memory(device, config, sequences, micro_batch, block_size, dtype, strategy):
+def check_training_memory(device, config, micro_steps, micro_batch, block_size, dtype, strategy, eval_only=False):
     """UserError if training a model of this config cannot fit on the device. This counts what is always needed: weights
     and gradients, the optimizer's averages (fsdp divides them, but starts from whole weights), and what a forward pass
-    in 16 bits keeps for the backward pass. The estimate of bench_train.py counts more."""
+    in 16 bits keeps for the backward pass. To evaluate a model takes only its weights, and the logits of a micro-step.
+    The estimate of bench_train.py counts more."""
     c, dropout = config, getattr(config, "dropout", 0)  # a changed model.py may have none
     layer = 20 * c.n_embd  # bytes a token
     if device.type == "cpu" and (dtype == "bfloat16" or dropout):  # fast.py then writes the attention's weights out
         layer += (4 if dtype == "float32" else 2) * c.n_head * block_size
     parameters = 12 * c.n_layer * c.n_embd ** 2 + (c.vocab_size + c.block_size) * c.n_embd
-    activations = micro_batch * block_size * (c.n_layer * layer + 2 * c.vocab_size)
-    ids = sequences * (block_size + 1) * 8
-    check_memory(device, (4 if strategy == "fsdp" else 12) * parameters + activations + ids,
+    activations = micro_batch * block_size * (c.n_layer * layer * (not eval_only) + 2 * c.vocab_size)
+    ids = micro_steps * micro_batch * (block_size + 1) * 8
+    check_memory(device, (4 if eval_only or strategy == "fsdp" else 12) * parameters + activations + ids,
                  "choose a smaller model, or a smaller batch_size, gradient_accumulation_steps or block_size")
 
 

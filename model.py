@@ -79,9 +79,9 @@ def attention(q, k, v, positions, dropout=None):
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention: nh heads work in parallel, each with queries, keys and values of hs features, computed from
-    all C. One head can look for the previous letter while another looks for the start of the line. A single head gives
-    each position one weight, so it would mix the two. Queries, keys and values are linear maps of the same input: this
-    is what makes it self-attention."""
+    all C. One head can look for the previous letter while another looks for the start of the line. A single head has
+    one set of weights for each query, so it would mix the two. Queries, keys and values are linear maps of the same
+    input: this is what makes it self-attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -133,7 +133,7 @@ class Block(nn.Module):
     """One of n_layer blocks. x is the residual stream: C features for each position that run through the whole model.
     Two sublayers, attention and MLP, each read a normalised copy of the stream and add their output to it, so each can
     build on what earlier ones wrote. LayerNorm gives each position's features mean 0 and variance 1, then applies a
-    learned scale and shift, so a sublayer's inputs have the same magnitude however large the stream has grown.
+    learned scale (and shift, if bias). So a sublayer's inputs have the same size however large the stream has grown.
 
     Normalising a sublayer's input is called Pre-LN. The stream itself is never normalised between blocks, so gradients
     have a direct path from the loss to every block (verify_gradients.py shows it). In Post-LN, norm(x + f(x)), as in
@@ -320,7 +320,7 @@ class GPT(nn.Module):
         """Continues each prompt of idx (B, T) num_samples times. Yields the ids of each step, (B * num_samples,), the
         samples of a prompt side by side. Stops after max_new_tokens, or when all samples have produced eos_id (the end
         of a text). A sample that ends earlier is padded with eos_id. Temperature 0 takes the most likely token.
-        use_cache=False gives the same text, slowly. ValueError for an argument or an id out of range."""
+        use_cache=False gives the same text, slowly. ValueError at the first step for a wrong argument or id."""
         check_sampling(temperature, top_k, top_p, repetition_penalty)
         if max_new_tokens < 0 or num_samples < 1:
             raise ValueError(f"max_new_tokens ({max_new_tokens}) or num_samples ({num_samples}) is too small")
@@ -373,10 +373,10 @@ class GPT(nn.Module):
 def check_sampling(temperature, top_k, top_p, repetition_penalty):
     """ValueError if an argument is out of range."""
     for name, value, good, expected in (
-            ("temperature", temperature, 0.0 <= temperature < math.inf, "a number of at least 0"),
+            ("temperature", temperature, 0.0 <= temperature < math.inf, "a finite number of at least 0"),
             ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
             ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0, "in (0, 1]"),
-            ("repetition_penalty", repetition_penalty, 0.0 < repetition_penalty < math.inf, "a number above 0")):
+            ("repetition_penalty", repetition_penalty, 0.0 < repetition_penalty < math.inf, "a finite number above 0")):
         if not good:
             raise ValueError(f"{name} must be {expected}, got {value}")
 

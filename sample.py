@@ -162,6 +162,11 @@ prompt = None if interactive and start is None else read_prompt(start)  # before
 for_inference(model.to(device), choose_dtype(device, dtype, training=False), compile)
 generator = torch.Generator(device).manual_seed(seed)
 if prompt is not None:
-    write_texts(*prompt)
+    try:
+        write_texts(*prompt)
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        print()
 if interactive:
     converse()

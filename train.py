@@ -17,7 +17,7 @@ seed = 1337                        # every random choice of the run follows from
 # data
 dataset = "shakespeare_char"       # a folder in data/, made by prepare.py
 prepare = ""                       # more arguments for prepare.py, which makes a missing dataset: "--val_fraction=0.01"
-batch_size: int | None = None      # sequences in a micro-step: one forward and backward pass
+batch_size: int | None = None      # sequences in a micro-step, one forward and backward pass, over all processes
 gradient_accumulation_steps = 1    # micro-steps whose gradients add up to one step: a larger batch in the same memory
 block_size: int | None = None      # tokens in a sequence
 # model
@@ -53,7 +53,7 @@ wandb_name: str | None = None      # the run's name at Weights & Biases; None: o
 checkpoint_interval = 250          # steps between checkpoints; one after the last step, too
 # machine
 device: str | None = None          # cpu, cuda, cuda:1, mps, xpu; None: the best there is
-dtype: str | None = None           # matrix multiplications in float32, bfloat16, float16; None: bfloat16 where fast
+dtype: str | None = None           # matrix multiplications in float32, bfloat16, float16; None: 16 bits where fast
 compile: bool | None = None        # torch.compile the model; None: on CUDA, if triton and a C compiler are there
 strategy = "ddp"                   # several processes: ddp copies the model to each, fsdp splits it among them
 # This runs configurator.py as if its code stood here: the command line and its config files replace the values above.
@@ -75,7 +75,7 @@ def check_settings(source=None):
     must_be("above 0", lambda x: 0 < x < math.inf, "batch_size", "gradient_accumulation_steps", "block_size", "n_layer",
             "n_head", "n_embd", "max_iters", "eval_interval", "eval_tokens", "log_interval", "checkpoint_interval")
     must_be("above 0, up to 1e30", lambda x: 0 < x <= 1e30, "learning_rate", "muon_learning_rate")
-    must_be("at least 0", lambda x: 0 <= x < math.inf,
+    must_be("at least 0 and finite", lambda x: 0 <= x < math.inf,
             "seed", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "final_lr_fraction", "patience")
     must_be("in [0, 1)", lambda x: 0 <= x < 1, "dropout", "beta1", "beta2", "muon_momentum")
     must_be("'adamw' or 'muon'", lambda x: x in ("adamw", "muon"), "optimizer")
@@ -179,7 +179,7 @@ def get_batch(step):
 torch.manual_seed(seed)
 model_settings = {k: v for k, v in (fixed | config).items() if k in asdict(GPTConfig())}  # as GPTConfig names them
 model_config = pretrained.config if pretrained else GPTConfig(**model_settings | {"vocab_size": meta["vocab_size"]})
-check_training_memory(device, model_config, sequences // world_size, micro_batch, block_size, dtype, strategy)
+check_training_memory(device, model_config, micro_steps, micro_batch, block_size, dtype, strategy, eval_only)
 raw_model = (pretrained or GPT(model_config)).float()
 for_training(raw_model.to(device).train())  # faster layers that compute the same
 if strategy == "fsdp":
@@ -300,7 +300,7 @@ def check_finite(*losses):
 
 
 if __name__ == "__main__":
-    if chosen:
+    if chosen and not eval_only:
         print_once(f"chosen to fit {dataset}: {' '.join(f'--{name}={value}' for name, value in chosen.items())}")
     tokens_per_step, V = sequences * block_size, meta["vocab_size"]
     print_once(f"{raw_model.num_parameters():,} parameters ({raw_model.num_parameters(embeddings=False):,} without "

@@ -3,7 +3,9 @@ a checkpoint that knows whether model.py still computes what it did."""
 import csv
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import xml.dom.minidom
 from pathlib import Path
@@ -260,6 +262,17 @@ def test_prompts_from_the_keyboard(trained):
     done = subprocess.run(trained.command("sample.py", "--interactive", "--max_new_tokens=0", "--start=The"),
                           cwd=trained.folder, input="and\n", capture_output=True, text=True, encoding="utf-8")
     assert done.stdout.split() == ["The", "and"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT")
+def test_ctrl_c_stops_the_first_text_and_the_conversation_goes_on(trained):
+    arguments = ("--interactive", "--max_new_tokens=1000000", "--start=The\\n")
+    with subprocess.Popen(trained.command("sample.py", *arguments), cwd=trained.folder, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8") as process:
+        assert process.stdout.readline() == "The\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate("€\n", timeout=120)
+    assert process.returncode == 0 and err.startswith("error: character '€'") and len(out) < 100_000
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")

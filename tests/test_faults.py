@@ -823,11 +823,12 @@ def test_the_memory_of_generation_and_of_attention_is_counted(monkeypatch):
     with pytest.raises(UserError, match="of memory"):
         check_generation_memory(cpu, model, 7, 20, 0.8, "")
     monkeypatch.setattr("device.memory_size", lambda device: 4 * 3 * 2 * 64 * 64 * 2)
-    how = 4, 4, 64
+    how = 1, 4, 64
     check_training_memory(cpu, GPTConfig(64, 2, 3, 2, 2), *how, "float32", "ddp")
     for dropout, dtype in ((0.1, "float32"), (0.0, "bfloat16")):
         with pytest.raises(UserError, match="of memory"):
             check_training_memory(cpu, GPTConfig(64, 2, 3, 2, 2, dropout), *how, dtype, "ddp")
+    check_training_memory(cpu, GPTConfig(64, 2, 3, 2, 2, dropout), *how, dtype, "ddp", eval_only=True)
 
 
 # --- a fault at every change of a file ---
