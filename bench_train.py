@@ -160,11 +160,13 @@ def memory_by_formula():
 # --- the machine ---
 
 def evaluation_speed():
-    """Tokens per second of an evaluation."""
-    train.eval_tokens = n = min(len(train.val_data) - 1, 4 * train.sequences * train.block_size)
+    """Tokens per second of an evaluation, in this process."""
+    T = min(train.block_size, len(train.val_data) - 1)
+    windows = min((len(train.val_data) - 1) // T, 4 * train.sequences)
+    train.eval_tokens = windows * T
     start = clock()
     train.evaluate(train.val_data)
-    return n / (clock() - start)
+    return windows * T / world_size / (clock() - start)
 
 
 evaluation = evaluation_speed()  # first, as in training: the system then leaves the process more of its memory
@@ -183,7 +185,7 @@ flops = tokens * train.raw_model.flops_per_token(train.block_size) / step_second
 
 print_once(f"{' '.join(arguments) or 'the default settings of train.py'}: {train.raw_model.num_parameters():,} "
            f"parameters on {train.device} in {train.dtype}{', compiled' if train.compile else ''}, "
-           f"{tokens:,} tokens a step")
+           f"{tokens:,} tokens a step{' in each process' if world_size > 1 else ''}")
 print_once(f"a step: {step_seconds * 1e3:.1f} ms ({how}), {tokens / step_seconds:,.0f} tokens/s")
 for part, seconds in parts.items():
     print_once(f"  {part:<10} {seconds * 1e3:8.2f} ms  {seconds / sum(parts.values()):4.0%}")

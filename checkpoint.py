@@ -939,6 +939,7 @@ def model_card(checkpoint, folder):
     settings = (checkpoint.get("config") or {}) | shape
     machine = ("out_dir", "device", "wandb", "wandb_project", "wandb_name", "tensorboard", "vocab_size")
     words = [f"--{k}={v}" for k, v in settings.items() if k not in machine and v not in (None, "", "scratch", "resume")]
+    how = ["Trained with", "", f"    python train.py {shlex.join(words)}", ""] if checkpoint.get("config") else []
     name, kind = Path(folder).resolve().name, checkpoint["tokenizer"].get("kind")
     known = checkpoint["tokenizer"].get("chars", "The")  # the example must not have other characters
     prompt = "".join(c for c in "The" if c in known) or known[0]
@@ -951,7 +952,7 @@ def model_card(checkpoint, folder):
              f"- Dataset: {text.get('dataset', 'unknown')} (sha256 of the text: {text.get('sha256', 'unknown')})",
              f"- Training: {checkpoint.get('iter_num', 'unknown')} steps, {checkpoint.get('tokens', 'unknown')} tokens",
              f"- Validation loss: {'unknown' if loss is None else f'{loss:.4f} nats per token'}", "",
-             "Trained with", "", f"    python train.py {shlex.join(words)}", "", "To write text with it:", "",
+             *how, f"To write text with it, in the folder that holds {name}:", "",
              "    from transformers import pipeline",
              f'    generate = pipeline("text-generation", model={name!r})',
              f'    print(generate({prompt!r}, max_new_tokens={new_tokens})[0]["generated_text"])', "",

@@ -120,7 +120,7 @@ def _on_exit():
 
 
 def _install_hooks():
-    """From here on, the four functions above handle errors and Ctrl-C."""
+    """From here on, the four _on_ functions handle errors and Ctrl-C."""
     sys.excepthook, sys.unraisablehook = _on_error, _on_unraisable
     import atexit
     import signal

@@ -3,8 +3,9 @@
     python train.py --dataset=mine              # prints what it chose
     python train.py --dataset=mine --n_layer=4  # the same choice, but with 4 layers
 
-More text deserves a larger model, a longer context and more steps. The numbers for a CPU come from trials on two cores
-with texts from 50 KB to 20 MB: see docs/training.md. Of those for a GPU, only one was tried, with 1 MB of characters.
+More text deserves a larger model, a longer context and more steps. The numbers for a CPU come from trials on one or
+two cores with texts from 50 KB to 20 MB: see docs/training.md. Of those for a GPU, only one was tried, with 1 MB of
+characters.
 """
 import math
 
@@ -22,7 +23,7 @@ ON_A_GPU = [(200_000, 4, 256, 128, 32, 600),
             (math.inf, 8, 512, 256, 128, 5000)]
 # The most epochs. With more, the model begins to learn the text by heart.
 EPOCHS, EPOCHS_ON_A_GPU, EPOCHS_OF_BYTE_PAIRS = 8, 6, 3  # the last one is for finetuning, too
-SHORT = 250_000  # tokens; on a text that is no longer, a higher rate is better for Muon
+SHORT = 250_000  # tokens; for texts of up to this many, a higher rate is better for Muon
 MOST_TO_EVALUATE = 2_000_000  # tokens
 
 

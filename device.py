@@ -47,7 +47,8 @@ def choose_device(name=None):
 
 
 def has_fast_bfloat16(device):
-    """Whether the hardware multiplies matrices in bfloat16, instead of emulating that in float32."""
+    """Whether the hardware multiplies matrices in bfloat16, instead of emulating that in float32. On a Mac and on an
+    Intel GPU, whether there is a bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -173,7 +174,7 @@ def check_memory(device, needed, advice):
     program without a word when memory runs out."""
     size = memory_size(device)
     if size is not None and needed > size:
-        raise UserError(f"this takes at least {needed / 1e9:,.0f} GB of memory, and {device} has {size / 1e9:,.0f} GB; "
+        raise UserError(f"this takes at least {needed / 1e9:,.1f} GB of memory, and {device} has {size / 1e9:,.1f} GB; "
                         f"{advice}")
 
 

@@ -61,7 +61,7 @@ def start(device, strategy="ddp"):
 
 
 def finish(code=0):
-    """Ends the program. One of several processes skips Python's clean-up, during which a communication thread that
+    """Ends the program. With several processes, each skips Python's clean-up, in which a communication thread that
     releases its last tensor would crash the process (github.com/pytorch/pytorch/pull/179291)."""
     if is_distributed:
         dist.destroy_process_group()

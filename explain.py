@@ -34,7 +34,7 @@ def probabilities(model, ids):
     """The probability that the model gave to each token after the ones before it; None for the first."""
     found, cache = [None], model.new_cache(1)
     for part in torch.tensor([ids], device=model.wte.weight.device).split(CHUNK, dim=1):
-        p = model(part, cache=cache)[0][0].softmax(-1)
+        p = model(part, cache=cache)[0][0].float().softmax(-1)
         following = ids[cache.length - len(p) + 1:cache.length + 1]  # the last id has none
         found += [row[i].item() for row, i in zip(p, following, strict=False)]
     return found
@@ -88,7 +88,7 @@ def look(model, ids):
         for hook in hooks:
             hook.remove()
     streams = streams[-len(model.h):]  # the hooks have also seen the passes that filled the cache
-    return maps, torch.cat((model.lm_head(model.ln_f(torch.stack(streams))), outputs[-1]))
+    return maps, torch.cat((model.lm_head(model.ln_f(torch.stack(streams))), outputs[-1])).float()
 
 
 def steps_of_sample(logits, ids, temperature, top_k, top_p, repetition_penalty):
@@ -142,7 +142,7 @@ def write(model, tok, ids, max_new_tokens, seed, sampling):
     last = {}
 
     def remember(module, args, kwargs, output):
-        last.update(probabilities=output[0][0, -1].softmax(-1), context=kwargs["cache"].length)
+        last.update(probabilities=output[0][0, -1].float().softmax(-1), context=kwargs["cache"].length)
 
     steps, decoder = model.stream([ids], max_new_tokens, eos_id=tok.eot, **sampling,
                                   generator=torch.Generator(model.wte.weight.device).manual_seed(seed)), tok.stream()

@@ -40,7 +40,7 @@ The gains of attention, dropout and GELU are measured without it. With it, Fused
 that it saves then costs less time.
 
 model.py has the last word. Only layers of exactly the class in the table are replaced. Before that, each attention, one
-GELU and one linear layer are compared with their replacements. (Dropout is random, so only the tests compare it.) The
+GELU and one linear layer are compared with their replacements. (Only the tests compare FastDropout.) The
 outputs of the whole model are compared before and after its attention is replaced. If something differs, because
 someone has changed model.py, the plain layer stays, and one line on standard error says so. flat_step is compared with
 GPT.forward in the same way, when it first runs, and steps aside if a module has a hook. The compiled step runs

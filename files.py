@@ -164,7 +164,8 @@ def check_can_write(path):
     folder = Path(path).parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    special = os.path.exists(path) and not os.path.isfile(path)  # a folder, or a device such as /dev/null
+    if special or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"{path} cannot be written; name a file in a folder of yours")
 
 
@@ -264,8 +265,8 @@ LOG_COLUMNS = ["iter", "tokens", "seconds", "loss", "train_loss", "val_loss", "l
 
 
 def read_log(path):
-    """log.csv -> its whole rows, as dicts of strings, and the number of lines that are damaged. A missing header counts
-    as one if nothing else is there."""
+    """log.csv -> its whole rows, as dicts of strings, and the number of lines that are damaged. An empty file
+    counts as one damaged line."""
     lines = read_small(path, most=256).decode("utf-8", "replace").splitlines(keepends=True)
     rows, damaged = [], int(not lines)
     for line in lines[1 if lines and lines[0].rstrip("\r\n") == ",".join(LOG_COLUMNS) else 0:]:

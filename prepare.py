@@ -8,12 +8,13 @@
     python prepare.py --dataset=openwebtext                             # 9 billion tokens (pip install datasets)
 
 A text file is one document. So is each line of a .jsonl or .ndjson file, each element of a .json file, and each row of
-a .parquet file. All but the last may be compressed (.gz, .bz2, .xz). Documents are separated by the end-of-text
-token or, if tokens are characters, by a newline. Line ends become \\n. The last val_fraction of the tokens is the
-validation split. Text is read and encoded piece by piece, so it may be larger than memory.
+a .parquet file. All but the last may be compressed (.gz, .bz2, .xz). Documents are separated by the end-of-text token
+or, if tokens are characters, by a newline. Line ends become \\n. In a text, "<|endoftext|>" has no special meaning. The
+last val_fraction of the tokens is the validation split. Text is read and encoded piece by piece, so it may be larger
+than memory.
 
 The work happens in data/<dataset>/.partial. The finished files are moved into place at the end. A run that is
-interrupted leaves the previous dataset as it was, and the same command continues where it stopped.
+interrupted leaves the previous dataset as it was, and the same command continues where it stopped (not with --input=-).
 """
 import os
 
@@ -345,6 +346,8 @@ def encode(name, tok, files, progress, dtype, sha256, bad, notes):
                     size += len(piece) + 100  # even an empty document takes memory
                     if size >= BATCH:
                         break
+                elif number % 100 == 0:
+                    show_progress("read again", done, total, started)
             if not batch:
                 if own["pieces"] == skipped and sha256.hexdigest() != own.get("sha256", sha256.hexdigest()):
                     start_over(changed)

@@ -23,7 +23,7 @@ from files import UserError, download, read_small, read_wheel, write_atomically
 
 
 class CharTokenizer:
-    """One id per character, in the order of their code points."""
+    """One id per character; from_text numbers them by their code points."""
 
     kind = "char"
     eot = None  # no end-of-text token: separate documents with a newline

@@ -210,6 +210,7 @@ def test_a_character_model_is_exported_with_its_tokenizer(trained):
         tokenizer.encode("é")
     card = (folder / "README.md").read_text()
     assert "n_layer 2, n_head 2, n_embd 32" in card and "Dataset: tiny" in card and "Validation loss: " in card
+    assert "at most 256 tokens" in card
     command = next(line for line in card.splitlines() if "train.py" in line)
     trained.run("train.py", *shlex.split(command)[2:], "--out_dir=from-card")
     assert same_run(trained.folder / "long", trained.folder / "from-card")

@@ -336,7 +336,8 @@ def test_a_scaled_attention_kernel_is_found_in_the_flow(monkeypatch, verify_grad
 
 @pytest.mark.parametrize("argument, words", [("--depths=6,x", "'6,x'"), ("--depths=1", "from 2 to 1000"),
                                              ("--steps=0", "at least 1"), ("--json=.", ". cannot be written"),
-                                             ("--json=model.py/g.json", "cannot be written")])
+                                             ("--json=model.py/g.json", "cannot be written"),
+                                             ("--json=/dev/null", "cannot be written")])
 def test_errors_of_verify_gradients(project, argument, words):
     assert words in project.fails("verify_gradients.py", argument)
 
