@@ -92,11 +92,11 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, positions=None, cache=None, layer=0):
-        """x (B, T, C) -> (B, T, C). positions (T,): where x is in the sequence, starting at 0 by default. With a cache,
-        x also attends to the earlier positions that the cache holds for the block with the number `layer`."""
+        """x (B, T, C) -> (B, T, C). positions (T,): where x is in the sequence, by default after what the cache
+        holds. With a cache, x also attends to the positions that it holds for the block with the number `layer`."""
         B, T, C = x.shape
         if positions is None:
-            positions = torch.arange(T, device=x.device)
+            positions = torch.arange(T, device=x.device) if cache is None else cache.positions(T)
         q, k, v = self.c_attn(x).split(C, dim=2)                 # (B, T, 3C) -> three times (B, T, C)
         q, k, v = (z.view(B, T, self.n_head, C // self.n_head)   # (B, T, nh, hs): hs features for each head
                    .transpose(1, 2) for z in (q, k, v))          # (B, nh, T, hs): now @ works on each head separately
