@@ -184,7 +184,7 @@ def check_properties():
         yield check(f"no gradient from later inputs, {path}", leak, 0.0, "a mask after the softmax, or no mask")
         cache, pieces = KVCache(config, B, dtype=dtype), []
         for piece in x.split((5, 10, 1), dim=1):
-            pieces.append(layer(piece, cache=cache))
+            pieces.append(layer(piece, cache.positions(piece.size(1)), cache))
             cache.length += piece.size(1)
         yield check(f"in three pieces, with a cache, {path}", (torch.cat(pieces, 1) - base).abs().max().item(), 1e-12,
                     "a mask that ignores the cached keys")

@@ -183,13 +183,14 @@ def test_positions_default_to_those_from_0_on():
     assert torch.equal(layer(x), layer(x, torch.arange(9)))
 
 
-def test_attention_continues_a_cache():
+@pytest.mark.parametrize("named", [True, False])
+def test_attention_continues_a_cache(named):
     config = GPTConfig(block_size=12, n_layer=1, n_head=2, n_embd=16)
     torch.manual_seed(0)
     layer, x = CausalSelfAttention(config).double(), torch.randn(2, 12, 16, dtype=torch.float64)
     whole, cache, pieces = layer(x), KVCache(config, 2, dtype=torch.float64), []
     for piece in x.split((3, 1, 6, 2), dim=1):
-        pieces.append(layer(piece, cache.positions(piece.size(1)), cache))
+        pieces.append(layer(piece, cache.positions(piece.size(1)) if named else None, cache))
         cache.length += piece.size(1)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-14, rtol=0)
 
