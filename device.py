@@ -181,7 +181,7 @@ def check_memory(device, needed, advice):
 def check_training_memory(device, config, micro_steps, micro_batch, block_size, dtype, strategy, eval_only=False):
     """UserError if training a model of this config cannot fit on the device. This counts what is always needed: weights
     and gradients, the optimizer's averages (fsdp divides them, but starts from whole weights), and what a forward pass
-    in 16 bits keeps for the backward pass. To evaluate a model takes only its weights, and the logits of a micro-step.
+    in 16 bits keeps for the backward pass. Evaluating takes only the weights and the logits of a micro-step.
     The estimate of bench_train.py counts more."""
     c, dropout = config, getattr(config, "dropout", 0)  # a changed model.py may have none
     layer = 20 * c.n_embd  # bytes a token

@@ -88,6 +88,7 @@ def look(model, ids):
         for hook in hooks:
             hook.remove()
     streams = streams[-len(model.h):]  # the hooks have also seen the passes that filled the cache
+    # In float32, as in `sample`, whatever the model's dtype.
     return maps, torch.cat((model.lm_head(model.ln_f(torch.stack(streams))), outputs[-1])).float()
 
 

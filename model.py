@@ -92,8 +92,8 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, positions=None, cache=None, layer=0):
-        """x (B, T, C) -> (B, T, C). positions (T,): where x is in the sequence, by default after what the cache
-        holds. With a cache, x also attends to the positions that it holds for the block with the number `layer`."""
+        """x (B, T, C) -> (B, T, C). positions (T,): where x is in the sequence, by default from 0 on, or after what
+        the cache holds. With a cache, x also attends to what it holds for the block with the number `layer`."""
         B, T, C = x.shape
         if positions is None:
             positions = torch.arange(T, device=x.device) if cache is None else cache.positions(T)
@@ -133,7 +133,7 @@ class Block(nn.Module):
     """One of n_layer blocks. x is the residual stream: C features for each position that run through the whole model.
     Two sublayers, attention and MLP, each read a normalised copy of the stream and add their output to it, so each can
     build on what earlier ones wrote. LayerNorm gives each position's features mean 0 and variance 1, then applies a
-    learned scale (and shift, if bias). So a sublayer's inputs have the same size however large the stream has grown.
+    learned scale (and shift, if bias). So a sublayer's inputs have the same magnitude however large the stream is.
 
     Normalising a sublayer's input is called Pre-LN. The stream itself is never normalised between blocks, so gradients
     have a direct path from the loss to every block (verify_gradients.py shows it). In Post-LN, norm(x + f(x)), as in

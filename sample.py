@@ -164,7 +164,7 @@ generator = torch.Generator(device).manual_seed(seed)
 if prompt is not None:
     try:
         write_texts(*prompt)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # stops the text, not the conversation
         if not interactive:
             raise
         print()

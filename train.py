@@ -17,7 +17,7 @@ seed = 1337                        # every random choice of the run follows from
 # data
 dataset = "shakespeare_char"       # a folder in data/, made by prepare.py
 prepare = ""                       # more arguments for prepare.py, which makes a missing dataset: "--val_fraction=0.01"
-batch_size: int | None = None      # sequences in a micro-step, one forward and backward pass, over all processes
+batch_size: int | None = None      # sequences in a micro-step: one forward and backward pass
 gradient_accumulation_steps = 1    # micro-steps whose gradients add up to one step: a larger batch in the same memory
 block_size: int | None = None      # tokens in a sequence
 # model

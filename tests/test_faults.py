@@ -828,7 +828,7 @@ def test_the_memory_of_generation_and_of_attention_is_counted(monkeypatch):
     for dropout, dtype in ((0.1, "float32"), (0.0, "bfloat16")):
         with pytest.raises(UserError, match="of memory"):
             check_training_memory(cpu, GPTConfig(64, 2, 3, 2, 2, dropout), *how, dtype, "ddp")
-    check_training_memory(cpu, GPTConfig(64, 2, 3, 2, 2, dropout), *how, dtype, "ddp", eval_only=True)
+        check_training_memory(cpu, GPTConfig(64, 2, 3, 2, 2, dropout), *how, dtype, "ddp", eval_only=True)
 
 
 # --- a fault at every change of a file ---

@@ -115,7 +115,7 @@ def test_sampled_finetuned_and_exported(project):
     assert load_model(project.folder / "tuned")[0].config.n_embd == 48
     pytest.importorskip("safetensors")
     project.run("checkpoint.py", "--out_dir=nano", "--export=exported")
-    assert "train.py" not in (project.folder / "exported" / "README.md").read_text()  # which did not train it
+    assert "train.py" not in (project.folder / "exported" / "README.md").read_text()  # nanoGPT trained it
     model, _ = load_pretrained(project.folder / "exported")
     idx = torch.arange(20)[None]
     os.rename(project.folder / "theirs" / "shakespeare_char" / "meta.pkl", project.folder / "nano" / "meta.pkl")
